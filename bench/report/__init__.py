@@ -1,0 +1,1 @@
+"""Results into figures, tables and pages."""

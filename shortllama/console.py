@@ -1,0 +1,80 @@
+"""How every command speaks: one-line errors, exit codes, one JSON document on stdout, progress on stderr.
+
+Exit codes: 0 fine; 1 regression, failed verification or cells, nothing fits; 2 bad input; 3 incomparable; 130 Ctrl-C.
+Imports neither torch nor matplotlib; commands import those inside themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from shortllama import files
+from shortllama.errors import ShortllamaError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# Newer typer carries its own copy of click, so the base class of all usage mistakes is found through typer.
+ClickError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run `app` and return its exit code; every expected failure is one line on stderr, a traceback with --debug."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        code = app(given, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except ShortllamaError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except typer.Exit as error:
+        return error.exit_code
+    except ClickError as error:
+        context: Any = getattr(error, "ctx", None)
+        message: str = getattr(error, "format_message", error.__str__)()
+        if not message.strip():  # no arguments: the help has just been printed
+            return 2
+        return _fail(f"{message} (see {context.command_path if context else 'shortllama'} --help)", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): not an error, and nothing more can be said on stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code
+
+
+def emit(document: Any) -> None:
+    """Write one JSON document to stdout."""
+    sys.stdout.write(files.encode_json(document).decode())
+
+
+def say(message: str) -> None:
+    """Write one line for people to stderr."""
+    sys.stderr.write(f"{message}\n")
+
+
+@contextmanager
+def progress(*columns: Any) -> Generator[Progress]:
+    """Yield a rich progress display on stderr; silent where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = columns or (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as bar:
+        yield bar

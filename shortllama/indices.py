@@ -1,0 +1,44 @@
+"""Sets of indices as text: `0-3,7,12-31`. Plans store kept KV groups and neurons this way. Pure strings and tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shortllama.errors import PlanError
+
+
+def format_indices(indices: Iterable[int]) -> str:
+    """Return the canonical text of a set of indices: ascending, runs joined by `-`; the empty set is ''."""
+    ordered = sorted(set(indices))
+    runs: list[str] = []
+    start = 0
+    for position, value in enumerate(ordered):
+        last = position + 1 == len(ordered) or ordered[position + 1] != value + 1
+        if last:
+            first = ordered[start]
+            runs.append(str(first) if first == value else f"{first}-{value}")
+            start = position + 1
+    return ",".join(runs)
+
+
+def parse_indices(text: str, size: int) -> tuple[int, ...]:
+    """Return the ascending indices that `text` names, each in [0, size).
+
+    Raises PlanError for text that is not a strictly ascending list of numbers and `a-b` ranges within `size`.
+    """
+    if text == "":
+        return ()
+    indices: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise PlanError(f"index set {text!r}: {part!r} is neither a number nor a range such as 4-7")
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low or (indices and low <= indices[-1]):
+            raise PlanError(f"index set {text!r}: {part!r} does not ascend; list each index once, in order")
+        if high >= size:
+            raise PlanError(
+                f"index set {text!r}: {high} is out of range; this dimension has {size} units (0-{size - 1})"
+            )
+        indices.extend(range(low, high + 1))
+    return tuple(indices)

@@ -1,0 +1,89 @@
+"""What a criterion measured on a model: higher = keep, everywhere. One JSON file, no torch.
+
+Schema history: shortllama.scores/1: first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from shortllama import files
+from shortllama.errors import InputError
+
+SCHEMA = "shortllama.scores/1"
+
+
+class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What scoring, pruning or retraining took: wall seconds, peak bytes (null where not measurable), tokens seen."""
+
+    wall_s: float
+    peak_bytes: int | None
+    tokens: int
+
+
+class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Scores of one model. Which lists are present depends on `unit`; each has one entry (or list) per block.
+
+    unit "block": `blocks`. unit "module": `attention`, `mlp`. unit "width": `kv_groups` (L lists of K), `neurons`
+    (L lists of F). Scores are comparable between blocks only where the criterion says so. `calibration` is the
+    description written by `calibration.describe`: source, digest, samples, length, seed; null for data-free criteria.
+    `details` holds what a criterion adds (intervals, angular runs, compensation statistics' file).
+    """
+
+    criterion: str
+    unit: Literal["block", "module", "width"]
+    base_digest: str
+    schema: Literal["shortllama.scores/1"] = SCHEMA
+    blocks: tuple[float, ...] | None = None
+    attention: tuple[float, ...] | None = None
+    mlp: tuple[float, ...] | None = None
+    kv_groups: tuple[tuple[float, ...], ...] | None = None
+    neurons: tuple[tuple[float, ...], ...] | None = None
+    runs: dict[str, tuple[float, ...]] | None = None
+    calibration: dict[str, Any] | None = None
+    details: dict[str, Any] | None = None
+    cost: Cost | None = None
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits over everything but the cost, so that a re-run with equal scores is equal."""
+        bare = msgspec.structs.replace(self, cost=None)
+        return hashlib.sha256(msgspec.json.encode(bare, order="sorted")).hexdigest()[:16]
+
+
+def check_finite(scores: Scores) -> None:
+    """Raise InputError where a score is NaN or infinite, or where all scores of a list are equal (no ranking)."""
+    flat = {"blocks": scores.blocks, "attention": scores.attention, "mlp": scores.mlp}
+    for name, values in flat.items():
+        if values is None:
+            continue
+        bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
+        if bad:
+            raise InputError(
+                f"scores.{name}[{bad[0]}] is {values[bad[0]]}: not finite; check the calibration text and dtype"
+            )
+        if len(values) > 1 and len(set(values)) == 1:
+            raise InputError(
+                f"scores.{name}: all {len(values)} values equal {values[0]}; this criterion ranks nothing here"
+            )
+    for name, lists in {"kv_groups": scores.kv_groups, "neurons": scores.neurons}.items():
+        for block, values in enumerate(lists or ()):
+            if not all(map(math.isfinite, values)):
+                raise InputError(
+                    f"scores.{name}[{block}] holds a value that is not finite; check the calibration text and dtype"
+                )
+
+
+def read_scores(path: Path) -> Scores:
+    """Return the scores in `path`. Raises InputError naming the offending key."""
+    return files.decode_json(files.read_bytes(path), Scores, str(path))
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """Check and write atomically."""
+    check_finite(scores)
+    files.write_atomically(path, files.encode_json(scores))

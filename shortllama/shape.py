@@ -1,0 +1,201 @@
+"""What a model costs, as integers: no weights, no torch.
+
+A `ModelShape` is enough to know parameters, bytes and FLOPs in closed form, and to build a model of that shape with
+random weights. Every figure here equals what the built model has (`numel`), which the tests check. It must not know
+of plans, files or devices.
+
+Legend: h hidden, d head_dim, q query heads, k KV heads, f FFN neurons, V vocabulary, B batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+
+from shortllama.errors import InputError
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+BIASES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def item_bytes(dtype: str) -> int:
+    """Return the bytes of one value of `dtype`. Raises InputError for a name that is not one of `ITEM_BYTES`."""
+    try:
+        return ITEM_BYTES[dtype]
+    except KeyError:
+        raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(ITEM_BYTES)}") from None
+
+
+class BlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One decoder block. `query_heads = kv_heads = 0` means no attention, `neurons = 0` no FFN; norms go too."""
+
+    query_heads: int
+    kv_heads: int
+    neurons: int
+
+    def __post_init__(self) -> None:
+        if min(self.query_heads, self.kv_heads, self.neurons) < 0:
+            raise InputError(f"block shape {self}: counts must not be negative")
+        if (self.query_heads == 0) != (self.kv_heads == 0):
+            raise InputError(f"block shape {self}: query and KV heads must be removed together")
+        if self.kv_heads and self.query_heads % self.kv_heads:
+            raise InputError(f"block shape {self}: query heads must be a multiple of KV heads")
+
+
+class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A Llama-like decoder as integers.
+
+    `family` is the transformers model type whose modelling code runs it; `biases` names the projections that have one
+    (out of q, k, v, o, gate, up, down); `norms_per_module` counts norm vectors of size h beside each MHA and each FFN
+    (1 in Llama, 2 in Gemma 2); `qk_norm` adds two vectors of size d to each attention (Qwen3).
+    """
+
+    family: str
+    vocabulary: int
+    hidden: int
+    head_dim: int
+    tied: bool
+    blocks: tuple[BlockShape, ...]
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    norms_per_module: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = set(self.biases) - set(BIASES)
+        if unknown:
+            raise InputError(f"biases {sorted(unknown)} are unknown; choose among {', '.join(BIASES)}")
+        if min(self.vocabulary, self.hidden, self.head_dim) < 1:
+            raise InputError("vocabulary, hidden and head_dim must be at least 1")
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        family: str = "llama",
+        vocabulary: int,
+        hidden: int,
+        head_dim: int,
+        blocks: int,
+        query_heads: int,
+        kv_heads: int,
+        neurons: int,
+        tied: bool = False,
+        biases: Iterable[str] = (),
+        qk_norm: bool = False,
+        norms_per_module: int = 1,
+    ) -> ModelShape:
+        """Return a shape whose blocks are all alike."""
+        block = BlockShape(query_heads, kv_heads, neurons)
+        return cls(
+            family, vocabulary, hidden, head_dim, tied, (block,) * blocks, tuple(biases), qk_norm, norms_per_module
+        )
+
+    # -- parameters -------------------------------------------------------------------------------------------------
+
+    def attention_parameters(self, block: BlockShape) -> int:
+        """Return the parameters of a block's attention with its norms: 2hd(q + k), biases, norms."""
+        if block.query_heads == 0:
+            return 0
+        q, kv = block.query_heads * self.head_dim, block.kv_heads * self.head_dim
+        widths = {"q": q, "k": kv, "v": kv, "o": self.hidden}
+        matrices = 2 * self.hidden * (q + kv)
+        vectors = sum(width for name, width in widths.items() if name in self.biases)
+        return matrices + vectors + self.norms_per_module * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+
+    def mlp_parameters(self, block: BlockShape) -> int:
+        """Return the parameters of a block's gated FFN with its norms: 3hf, biases, norms."""
+        if block.neurons == 0:
+            return 0
+        widths = {"gate": block.neurons, "up": block.neurons, "down": self.hidden}
+        vectors = sum(width for name, width in widths.items() if name in self.biases)
+        return 3 * self.hidden * block.neurons + vectors + self.norms_per_module * self.hidden
+
+    def block_parameters(self, block: BlockShape) -> int:
+        """Return the parameters of one block."""
+        return self.attention_parameters(block) + self.mlp_parameters(block)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Vh, the embedding table."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; a tied output head is counted once."""
+        outside = self.embedding_parameters * (1 if self.tied else 2) + self.hidden
+        return outside + sum(map(self.block_parameters, self.blocks))
+
+    # -- bytes and FLOPs --------------------------------------------------------------------------------------------
+
+    def weight_bytes(self, dtype: str = "float16") -> int:
+        """Return the bytes of all weights."""
+        return self.parameters * item_bytes(dtype)
+
+    def kv_bytes_per_token(self, dtype: str = "float16") -> int:
+        """Return the KV-cache bytes of one token of one sequence: 2 d sum(k)."""
+        return 2 * self.head_dim * sum(block.kv_heads for block in self.blocks) * item_bytes(dtype)
+
+    def read_weight_bytes(self, dtype: str = "float16") -> int:
+        """Return the weight bytes that every forward pass must read: all but an untied embedding table.
+
+        A gather of B rows of the table is counted as nothing; a tied table is read whole as the output head.
+        """
+        unread = 0 if self.tied else self.embedding_parameters
+        return (self.parameters - unread) * item_bytes(dtype)
+
+    def decode_bytes(self, batch: int, context: int, dtype: str = "float16") -> int:
+        """Return the bytes one decode step must move: weights once, `context` cached tokens read, one written.
+
+        `context` counts the tokens already in the cache, for each of `batch` sequences. Activations are not counted.
+        """
+        return self.read_weight_bytes(dtype) + batch * (context + 1) * self.kv_bytes_per_token(dtype)
+
+    def prefill_bytes(self, batch: int, prompt: int, dtype: str = "float16") -> int:
+        """Return the bytes a prefill of `prompt` tokens must move: weights once, the cache written once."""
+        return self.read_weight_bytes(dtype) + batch * prompt * self.kv_bytes_per_token(dtype)
+
+    def _linear_multiplications(self) -> int:
+        """Multiply-adds per token inside the blocks, without attention itself: the matrices' sizes."""
+        return sum(
+            2 * self.hidden * self.head_dim * (b.query_heads + b.kv_heads) + 3 * self.hidden * b.neurons
+            for b in self.blocks
+        )
+
+    def decode_flops(self, batch: int, context: int) -> int:
+        """Return the FLOPs of one decode step (2 a multiply-add): matrices, output head, attention over context + 1."""
+        attended = 4 * self.head_dim * (context + 1) * sum(b.query_heads for b in self.blocks)
+        return batch * (2 * (self._linear_multiplications() + self.embedding_parameters) + attended)
+
+    def prefill_flops(self, batch: int, prompt: int) -> int:
+        """Return the FLOPs of a prefill whose output head sees the last position only; attention is causal."""
+        attended = 2 * self.head_dim * prompt * (prompt + 1) * sum(b.query_heads for b in self.blocks)
+        return batch * (2 * (prompt * self._linear_multiplications() + self.embedding_parameters) + attended)
+
+    # -- structure --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all blocks are alike (what stock modelling code can express)."""
+        return len(set(self.blocks)) <= 1
+
+    def alignments(self) -> dict[str, tuple[int, ...]]:
+        """Return, for each dimension that meets a matrix product, the largest power of two dividing each distinct size.
+
+        Kernels prefer multiples of 64 or 128; a removed module (size 0) is left out.
+        """
+        sizes = {
+            "vocabulary": {self.vocabulary},
+            "hidden": {self.hidden},
+            "head_dim": {self.head_dim},
+            "query_width": {b.query_heads * self.head_dim for b in self.blocks},
+            "kv_width": {b.kv_heads * self.head_dim for b in self.blocks},
+            "neurons": {b.neurons for b in self.blocks},
+        }
+        return {name: tuple(n & -n for n in sorted(values) if n) for name, values in sizes.items()}
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that identify this shape (SHA-256 of its canonical JSON)."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]

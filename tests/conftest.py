@@ -1,0 +1,66 @@
+"""Fixtures shared by all tests: a tiny GQA model, the real test data, and the commands in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch loads: spinning OpenMP threads starve a busy two-core machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.setdefault(name, "1")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The test data folder; tests that need it are skipped where it is absent, and it must be there in CI."""
+    folder = Path(os.environ.get("SHORTLLAMA_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "weights").is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"no test data at {folder}")
+        pytest.skip("no test data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(data_dir: Path) -> Path:
+    """stories260K: a real pretrained Llama of 5 blocks."""
+    return data_dir / "weights" / "stories260K" / "hf"
+
+
+@pytest.fixture(scope="session")
+def grown(data_dir: Path) -> Path:
+    """A 12-block model whose blocks 1,3,5,6,8,9,11 are near redundant by construction."""
+    return data_dir / "weights" / "stories_grown12L_DERIVED"
+
+
+@pytest.fixture
+def tiny_shape():
+    """4 blocks, hidden 64, GQA 8/4 heads of 8, FFN 96, vocabulary 97, untied."""
+    from shortllama.shape import ModelShape
+
+    return ModelShape.uniform(vocabulary=97, hidden=64, head_dim=8, blocks=4, query_heads=8, kv_heads=4, neurons=96)
+
+
+@pytest.fixture
+def run_command():
+    """Return run(*arguments) -> CompletedProcess of the console script in a fresh process."""
+
+    def run(*arguments: object, cwd: Path | None = None, timeout: float = 300, **env: str):
+        return subprocess.run(
+            [sys.executable, "-m", "bench", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        )
+
+    return run
