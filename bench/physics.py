@@ -1,0 +1,142 @@
+"""Bytes and FLOPs of a call against a device's peaks: roofs, and what limits a step. Pure.
+
+A forward pass takes at least max(bytes / bandwidth, FLOPs / rate); a call is one prefill and output - 1 steps. The
+algorithmic bytes of a step are the weights once and the tokens cached so far; what a runtime moves beyond them (all
+slots of a static cache, the copies of a growing one) is reported beside, never hidden in the roof.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import msgspec
+
+from bench.cells import Cell
+from bench.devices import Device
+from bench.measurement import Bounds
+from bench.memory import CACHES
+from shortllama.shape import ModelShape
+
+LAUNCH_BOUND_SHARE = 0.25  # above this share of a step, launching kernels is what limits it
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """A shape's costs in one dtype as coefficients, with c = tokens in the cache after the step:
+    step bytes = weights + batch c kv_token, step FLOPs = batch (linear + c attended)."""
+
+    weights: int
+    kv_token: int
+    linear: int
+    attended: int
+    blocks: int
+
+
+@lru_cache(maxsize=1024)
+def costs(shape: ModelShape, dtype: str) -> Costs:
+    """Return the coefficients of `shape` in `dtype`."""
+    attended = shape.decode_flops(1, 1) - shape.decode_flops(1, 0)
+    return Costs(
+        weights=shape.read_weight_bytes(dtype),
+        kv_token=shape.kv_bytes_per_token(dtype),
+        linear=shape.decode_flops(1, 0) - attended,
+        attended=attended,
+        blocks=len(shape.blocks),
+    )
+
+
+def step_s(cost: Costs, bandwidth: float, rate: float, batch: int, context: int) -> tuple[float, float]:
+    """Return the least seconds of one decode step with `context` tokens cached before it: (by bytes, by FLOPs)."""
+    moved = cost.weights + batch * (context + 1) * cost.kv_token
+    computed = batch * (cost.linear + (context + 1) * cost.attended)
+    return moved / bandwidth, computed / rate
+
+
+def prefill_s(shape: ModelShape, dtype: str, bandwidth: float, rate: float, batch: int, prompt: int) -> float:
+    """Return the least seconds of a prefill of `prompt` tokens."""
+    return max(shape.prefill_bytes(batch, prompt, dtype) / bandwidth, shape.prefill_flops(batch, prompt) / rate)
+
+
+def steps_s(cost: Costs, bandwidth: float, rate: float, batch: int, prompt: int, output: int) -> float:
+    """Return the least seconds of all output - 1 decode steps: the sum of `max(step_s)` in closed form.
+
+    Both bounds grow linearly with the context, so one of them leads up to a crossing and the other from there on.
+    """
+    count = output - 1
+    by_bytes, by_flops = step_s(cost, bandwidth, rate, batch, prompt)
+    bytes_growth = batch * cost.kv_token / bandwidth
+    flops_growth = batch * cost.attended / rate
+    if by_bytes < by_flops:  # name them so that "first" leads at the start
+        first, first_growth, second, second_growth = by_flops, flops_growth, by_bytes, bytes_growth
+    else:
+        first, first_growth, second, second_growth = by_bytes, bytes_growth, by_flops, flops_growth
+    crossing = count
+    if second_growth > first_growth:
+        crossing = min(count, int((first - second) / (second_growth - first_growth)) + 1)
+    return _series(first, first_growth, 0, crossing) + _series(second, second_growth, crossing, count)
+
+
+def _series(start: float, growth: float, first: int, last: int) -> float:
+    """Return the sum of start + growth i for i in [first, last)."""
+    count = last - first
+    return count * start + growth * (first + last - 1) * count / 2
+
+
+def roof_s(shape: ModelShape, cell: Cell, device: Device) -> float:
+    """Return the least seconds of a whole call on the device's peaks. Raises UnsupportedError for an unknown rate."""
+    rate = device.rate(cell.dtype)
+    prefill = prefill_s(shape, cell.dtype, device.bandwidth, rate, cell.batch, cell.prompt)
+    cost = costs(shape, cell.dtype)
+    return prefill + steps_s(cost, device.bandwidth, rate, cell.batch, cell.prompt, cell.output)
+
+
+def moved_bytes(shape: ModelShape, cell: Cell, context: int) -> int:
+    """Return the bytes that the cell's runtime moves in a step with `context` tokens cached before it.
+
+    A static cache is read in all its prompt + output - 1 slots; a dynamic one is read and written once more when it
+    is concatenated. Activations are not counted.
+    """
+    cost = costs(shape, cell.dtype)
+    token = cell.batch * cost.kv_token
+    if CACHES[cell.runtime] == "static":
+        return cost.weights + (cell.prompt + cell.output) * token  # every slot read, one written
+    return cost.weights + (context + 1) * token + (2 * context + 1) * token
+
+
+def regime(launch_share: float, by_bytes_s: float, by_flops_s: float) -> str:
+    """Return what limits a step: launch, bandwidth or compute."""
+    if launch_share > LAUNCH_BOUND_SHARE:
+        return "launch"
+    return "bandwidth" if by_bytes_s >= by_flops_s else "compute"
+
+
+def bounds(
+    shape: ModelShape,
+    cell: Cell,
+    device: Device | None = None,
+    median_s: float | None = None,
+    launch_share: float | None = None,
+) -> Bounds:
+    """Return the physics of `cell`: costs of the step at mid-output, the call's roof, and how near `median_s` came.
+
+    Without a device whose peaks are known there is no roof; without a launch share there is no regime. `why` says so.
+    """
+    context = cell.prompt + cell.output // 2
+    known = device is not None and not device.nominal and cell.dtype in device.flops
+    roof = roof_s(shape, cell, device) if known and device else None
+    label = None
+    why = None if known else "the peaks of this device are not known"
+    if known and device and launch_share is None:
+        why = "the launch share needs a CUDA-graph run of the same cell"
+    elif known and device and launch_share is not None:
+        rate = device.rate(cell.dtype)
+        label = regime(launch_share, *step_s(costs(shape, cell.dtype), device.bandwidth, rate, cell.batch, context))
+    return Bounds(
+        decode_bytes=shape.decode_bytes(cell.batch, context, cell.dtype),
+        decode_flops=shape.decode_flops(cell.batch, context),
+        moved_bytes=moved_bytes(shape, cell, context),
+        roof_s=roof,
+        achieved=roof / median_s if roof is not None and median_s else None,
+        launch_share=launch_share,
+        regime=label,
+        why=why,
+    )
