@@ -6,6 +6,7 @@ Predictions and roofs read this table; nothing here touches hardware. Schema his
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -90,6 +91,11 @@ def match(full_name: str) -> Device | None:
         if any(part in full_name for part in entry.match):
             return _device(entry)
     return None
+
+
+def unknown(name: str, memory_bytes: int) -> Device:
+    """Return a device that is at hand but not in the table: its memory limits a sweep, its times are not predicted."""
+    return Device(name, name, memory_bytes, math.inf, {}, nominal=True)
 
 
 def host_memory_bytes() -> int:

@@ -39,7 +39,7 @@ def file_of(path: Path) -> Path:
     return path / FILE_NAME if path.is_dir() else path
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> Results:
@@ -119,7 +119,7 @@ def _check(rows: Iterable[Row], environments: dict[str, Environment], file: Path
             raise InputError(f"{file}: line {number}: cell_id {row.cell_id!r} is not its cell's, {row.cell.id!r}")
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 class Writer:

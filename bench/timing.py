@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from statistics import median
 
 import msgspec
@@ -64,7 +65,7 @@ def rule(name: str, seconds: float) -> Rule:
     return paper() if name == "paper" else careful(seconds)
 
 
-# -- decisions ----------------------------------------------------------------------------------------------------------
+# -- decisions ---------------------------------------------------------------------------------------------------------
 
 
 def is_warm(calls_s: Sequence[float], elapsed_s: float, rule: Rule) -> bool:
@@ -118,7 +119,7 @@ def is_short(measurement: Measurement) -> bool:
     return measurement.timing == "careful" and 0 < len(measurement.samples.call_s) < LEAST
 
 
-# -- statistics ---------------------------------------------------------------------------------------------------------
+# -- statistics --------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -203,7 +204,7 @@ def throughput(measurement: Measurement) -> Estimate | None:
     return Estimate(tokens / call.value, low, high, call.count)
 
 
-# -- the loop -----------------------------------------------------------------------------------------------------------
+# -- the loop ----------------------------------------------------------------------------------------------------------
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -257,7 +258,7 @@ def _thinned(steps: Sequence[float]) -> Sequence[float]:
     if len(steps) <= LARGEST_STEPS:
         return steps
     edges = [len(steps) * i // LARGEST_STEPS for i in range(LARGEST_STEPS + 1)]
-    return [math.fsum(steps[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [math.fsum(steps[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def _rounded(value: float, digits: int) -> float:
