@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 
 from shortllama import methods
@@ -163,13 +164,19 @@ def spread(mean: float, deviation: float, largest: list[int], source: random.Ran
 
 def _centred(drawn: list[float], scale: float, total: int, largest: list[int]) -> list[float]:
     """`drawn` times `scale`, shifted and cut to [1, largest] so that the sum is `total`."""
-    low, high = 1 - scale, max(largest) + scale
-    values: list[float] = []
-    for _ in range(45):
-        shift = (low + high) / 2
-        values = [min(max(shift + scale * x, 1.0), float(top)) for x, top in zip(drawn, largest, strict=True)]
-        low, high = (shift, high) if sum(values) < total else (low, shift)
-    return values
+    scaled = [scale * x for x in drawn]
+
+    def cut(shift: float) -> list[float]:
+        return [min(max(shift + x, 1.0), top) for x, top in zip(scaled, largest, strict=True)]
+
+    # The sum is piecewise linear in the shift, with corners where a value starts to move or meets its bound.
+    corners = sorted({1 - x for x in scaled} | {top - x for x, top in zip(scaled, largest, strict=True)})
+    position = bisect_left(corners, total, key=lambda shift: sum(cut(shift)))
+    if position in (0, len(corners)):
+        return cut(corners[min(position, len(corners) - 1)])
+    low, high = corners[position - 1], corners[position]
+    below, above = sum(cut(low)), sum(cut(high))
+    return cut(low + (high - low) * (total - below) / (above - below))
 
 
 def _deviation(values: list[float]) -> float:

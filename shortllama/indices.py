@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from shortllama.errors import PlanError
 
@@ -26,19 +27,26 @@ def parse_indices(text: str, size: int) -> tuple[int, ...]:
 
     Raises PlanError for text that is not a strictly ascending list of numbers and `a-b` ranges within `size`.
     """
-    if text == "":
-        return ()
-    indices: list[int] = []
-    for part in text.split(","):
+    return tuple(chain.from_iterable(_runs(text, size)))
+
+
+def count_indices(text: str, size: int) -> int:
+    """Return how many indices `text` names, without listing them. Raises PlanError as `parse_indices` does."""
+    return sum(map(len, _runs(text, size)))
+
+
+def _runs(text: str, size: int) -> list[range]:
+    runs: list[range] = []
+    for part in text.split(",") if text else ():
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise PlanError(f"index set {text!r}: {part!r} is neither a number nor a range such as 4-7")
         low, high = int(first), int(last) if dash else int(first)
-        if high < low or (indices and low <= indices[-1]):
+        if high < low or (runs and low < runs[-1].stop):
             raise PlanError(f"index set {text!r}: {part!r} does not ascend; list each index once, in order")
         if high >= size:
             raise PlanError(
                 f"index set {text!r}: {high} is out of range; this dimension has {size} units (0-{size - 1})"
             )
-        indices.extend(range(low, high + 1))
-    return tuple(indices)
+        runs.append(range(low, high + 1))
+    return runs

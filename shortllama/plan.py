@@ -17,7 +17,7 @@ import msgspec
 
 from shortllama import files
 from shortllama.errors import PlanError
-from shortllama.indices import format_indices, parse_indices
+from shortllama.indices import count_indices, format_indices, parse_indices
 from shortllama.shape import BlockShape, ModelShape
 
 SCHEMA = "shortllama.plan/1"
@@ -47,6 +47,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: str
     value: float | str
+
+    def __post_init__(self) -> None:
+        # A whole number is written as 6.0 whether it was made here or read back: equal plans, equal bytes.
+        if isinstance(self.value, int):
+            msgspec.structs.force_setattr(self, "value", float(self.value))
 
 
 class Achieved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -127,7 +132,8 @@ def shape_after(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> ModelShape:
             )
         previous = one.index
         block = shape.blocks[one.index]
-        groups, neurons = len(kept_groups(one, block)), len(kept_neurons(one, block))
+        groups = block.kv_heads if one.kv_groups is None else count_indices(one.kv_groups, block.kv_heads)
+        neurons = block.neurons if one.neurons is None else count_indices(one.neurons, block.neurons)
         per_group = block.query_heads // block.kv_heads if block.kv_heads else 0
         blocks.append(BlockShape(groups * per_group, groups, neurons))
     return msgspec.structs.replace(shape, blocks=tuple(blocks))

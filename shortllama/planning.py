@@ -14,7 +14,7 @@ import msgspec
 from shortllama import methods, selection
 from shortllama.errors import InputError, PlanError
 from shortllama.methods import Method
-from shortllama.plan import BlockKeep, Plan, Provenance, Target, block_keep, make_plan
+from shortllama.plan import BlockKeep, Plan, Provenance, Target, block_keep, make_plan, shape_after
 from shortllama.scores import Scores, check_finite
 from shortllama.shape import BlockShape, ModelShape
 
@@ -79,13 +79,10 @@ def remark(plan: Plan, shape: ModelShape) -> str | None:
     """Return a sentence for the user where the result has more parameters than --target-params asked, else None."""
     if plan.target.kind != "target-params":
         return None
-    wanted, left = float(plan.target.value), shape.parameters * (1 - plan.achieved.parameters)
-    if left <= wanted * (1 + 1e-6):
+    above = shape_after(shape, plan.keep).parameters - float(plan.target.value)
+    if above <= 0:
         return None
-    return (
-        f"the result has {left / 1e9:.3f} B parameters, {(left - wanted) / 1e6:.0f} M more than asked: whole units are "
-        f"removed; --at-most rounds the other way"
-    )
+    return f"the result has {above:,.0f} parameters more than asked, less than one step; --at-most rounds the other way"
 
 
 def _provenance(scores: Scores | None, seed: int | None) -> Provenance:
@@ -178,19 +175,15 @@ def _keep_blocks(request: _Request) -> tuple[BlockKeep, ...]:
     removable = min(len(order), len(blocks) - 1)
     if count > removable:
         raise PlanError(
-            f"{_asked(request, count)} to go, but only {removable} may: {request.describe_protection()}; ask for less"
+            f"--{request.target.kind} {request.target.value:g}: {count} of {len(blocks)} blocks would go, but only "
+            f"{removable} may: {request.describe_protection()}; ask for less"
         )
     if count == 0:
         raise InputError(
-            f"--{request.target.kind} {request.target.value:g} removes no block of {len(blocks)}; ask for more"
+            f"--{request.target.kind} {request.target.value:g} removes no block of {len(blocks)}; --blocks 1 removes one"
         )
     gone = set(order[:count])
     return tuple(BlockKeep(index) for index in range(len(blocks)) if index not in gone)
-
-
-def _asked(request: _Request, count: int) -> str:
-    number = f"more than {count - 1} blocks are" if count > len(request.unprotected) else f"{count} blocks are"
-    return number if request.target.kind == "target-params" else f"{count} blocks are"
 
 
 def _block_count(request: _Request, order: Sequence[int]) -> int:
@@ -199,7 +192,9 @@ def _block_count(request: _Request, order: Sequence[int]) -> int:
         return request.method.removes(len(request.shape.blocks), value)
     if request.target.kind == "blocks":
         return int(value)
-    sizes = [request.shape.block_parameters(request.shape.blocks[index]) for index in order]
+    # Protected blocks come last, so that asking too much is refused with the number of blocks it would take.
+    protected = [index for index in range(len(request.shape.blocks)) if index not in request.unprotected]
+    sizes = [request.shape.block_parameters(request.shape.blocks[index]) for index in (*order, *protected)]
     excess = request.shape.parameters - math.floor(value)
     return selection.count_for(sizes, excess, at_most=request.at_most)
 

@@ -45,15 +45,14 @@ def count_for(sizes: Sequence[int], excess: int, *, at_most: bool) -> int:
     """Return how many of `sizes`, taken in order, must go so that `excess` of them is removed.
 
     By default the largest number whose sum does not pass `excess` (for equal sizes floor(excess / size), the rule
-    that gives the paper's 6/9/11 and 8/11/15 blocks); with `at_most` the smallest whose sum reaches it. Where all
-    `sizes` together fall short, len(sizes) + 1.
+    that gives the paper's 6/9/11 and 8/11/15 blocks); with `at_most` the smallest whose sum reaches it, or all.
     """
     removed = 0
     for count, size in enumerate(sizes):
         if removed >= excess if at_most else removed + size > excess:
             return count
         removed += size
-    return len(sizes) if removed >= excess or (not at_most and not excess - removed) else len(sizes) + 1
+    return len(sizes)
 
 
 def align_up(keep: int, size: int, multiple: int) -> int:
