@@ -1,95 +1,250 @@
 """Between a transformers `config.json` and a ModelShape, without transformers: dicts and integers only.
 
-What cannot be expressed exactly as a ModelShape is refused by name, never approximated. Families are rows of data;
-what a family's modules are called is in `shortllama/families`.
+What cannot be expressed exactly as a ModelShape is refused by name, never approximated. Three kinds of config leave
+here: one that a stock class loads (`stock_config`), our own form for shapes that none can express (`own_config`), and
+the one a model of any shape is constructed from before its Linears are resized (`skeleton_config`). All are copies.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import msgspec
 
 from shortllama.errors import InputError, UnsupportedError
+from shortllama.families import Family, lookup
+from shortllama.plan import BlockKeep
 from shortllama.shape import BlockShape, ModelShape
 
 # Our own form for what no stock class can express (non-uniform widths, missing modules): the base's config, and the
 # blocks' sizes. Loading it with stock transformers fails by model type, loudly.
 OWN_MODEL_TYPE = "shortllama"
 
+# In a stock-loadable config whose model type is not the family of its weights (a Llama of 26 heads saved as mistral):
+# the family. Our loader builds that family's class, so that a pruned model and its base run the same code.
+FAMILY_KEY = "shortllama_family"
 
-class Traits(msgspec.Struct, frozen=True):
-    """What a config.json does not say about its family: fixed biases, norms."""
-
-    biases: tuple[str, ...] = ()
-    qk_norm: bool = False
-    norms_per_module: int = 1
+Config = dict[str, Any]
 
 
-FAMILIES = {
-    "llama": Traits(),
-    "mistral": Traits(),
-    "qwen2": Traits(biases=("q", "k", "v")),
-    "qwen3": Traits(qk_norm=True),
-}
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def shape_of(config: dict[str, Any]) -> ModelShape:
+def shape_of(config: Config) -> ModelShape:
     """Return the shape that a config.json describes. Raises InputError or UnsupportedError naming the field."""
     if config.get("model_type") == OWN_MODEL_TYPE:
-        base = shape_of(config["base"])
-        blocks = tuple(msgspec.convert(block, BlockShape) for block in config["blocks"])
-        return msgspec.structs.replace(base, blocks=blocks, biases=tuple(config.get("biases", base.biases)))
-    family = config.get("model_type")
-    traits = FAMILIES.get(str(family))
-    if traits is None:
-        raise UnsupportedError(f"model type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        return _own_shape(config)
+    family = family_of(config)
     try:
-        hidden, heads, blocks = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-        return ModelShape.uniform(
-            family=str(family),
-            vocabulary=config["vocab_size"],
-            hidden=hidden,
-            head_dim=config.get("head_dim") or hidden // heads,
-            blocks=blocks,
-            query_heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            neurons=config["intermediate_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            biases=_biases(config, traits),
-            qk_norm=traits.qk_norm,
-            norms_per_module=traits.norms_per_module,
-        )
+        shape = _uniform_shape(config, family)
     except KeyError as error:
-        raise InputError(f"config.json of a {family} model lacks {error.args[0]!r}") from error
+        raise InputError(f"config.json of a {family.model_type} model lacks {error.args[0]!r}") from error
+    except (TypeError, ZeroDivisionError, ValueError) as error:
+        raise InputError(f"config.json of a {family.model_type} model: sizes must be positive integers") from error
+    window = layer_types(config)
+    if window is not None and len(window) != len(shape.blocks):
+        raise InputError(
+            f"config.json: layer_types has {len(window)} entries, num_hidden_layers is {len(shape.blocks)}; "
+            "they must be equal"
+        )
+    return shape
 
 
-def _biases(config: dict[str, Any], traits: Traits) -> tuple[str, ...]:
-    attention = ("q", "k", "v", "o") if config.get("attention_bias") else ()
-    mlp = ("gate", "up", "down") if config.get("mlp_bias") else ()
-    return tuple(dict.fromkeys((*traits.biases, *attention, *mlp)))
+def _own_shape(config: Config) -> ModelShape:
+    try:
+        base = shape_of(config["base"])
+        blocks = msgspec.convert(config["blocks"], tuple[BlockShape, ...])
+    except KeyError as error:
+        raise InputError(f"config.json of a {OWN_MODEL_TYPE} model lacks {error.args[0]!r}") from error
+    except msgspec.ValidationError as error:
+        raise InputError(f"config.json of a {OWN_MODEL_TYPE} model: blocks: {error}") from error
+    if len(blocks) != len(base.blocks):
+        raise InputError(f"config.json: {len(blocks)} entries in blocks, num_hidden_layers is {len(base.blocks)}")
+    return msgspec.structs.replace(base, blocks=blocks, biases=tuple(config.get("biases", base.biases)))
 
 
-def config_of(shape: ModelShape) -> dict[str, Any]:
-    """Return the config.json fields of a *uniform* shape for its family's stock class, as random weights need them.
+def _uniform_shape(config: Config, family: Family) -> ModelShape:
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    return ModelShape.uniform(
+        family=family.model_type,
+        vocabulary=int(config["vocab_size"]),
+        hidden=hidden,
+        head_dim=int(_field(config, family, "head_dim") or hidden // heads),
+        blocks=int(config["num_hidden_layers"]),
+        query_heads=heads,
+        kv_heads=int(_field(config, family, "num_key_value_heads") or heads),
+        neurons=int(config["intermediate_size"]),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        biases=_biases(config, family),
+        qk_norm=bool(family.head_norms),
+        norms_per_module=family.norms_per_module,
+    )
 
-    The caller resizes modules for anything else: `surgery.build` starts from the largest block.
+
+def family_of(config: Config) -> Family:
+    """Return the family whose modules a config.json describes. Raises UnsupportedError for an unknown one."""
+    if config.get("model_type") == OWN_MODEL_TYPE:
+        return family_of(config.get("base", {}))
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"config.json: weights quantized by {method!r} cannot be pruned; start from an unquantized checkpoint"
+        )
+    return lookup(config.get(FAMILY_KEY, config.get("model_type")))
+
+
+def layer_types(config: Config) -> list[str] | None:
+    """Return each block's kind of attention where a family has more than one, else None.
+
+    Old Qwen2 files leave the list out: blocks from `max_window_layers` on have the window, if it is used at all
+    (transformers' own rule, Qwen2Config.__post_init__).
     """
-    largest = max(shape.blocks, key=lambda block: (block.query_heads, block.neurons))
-    heads = max(largest.query_heads, 1)
-    fields: dict[str, Any] = {
+    if config.get("layer_types") is not None:
+        return list(config["layer_types"])
+    if not config.get("use_sliding_window"):
+        return None
+    first = int(config.get("max_window_layers", 28))
+    return ["full_attention" if i < first else "sliding_attention" for i in range(int(config["num_hidden_layers"]))]
+
+
+def _field(config: Config, family: Family, name: str) -> Any:
+    """Return a field as the stock config class would see it: absent fields have the class's default."""
+    return config.get(name, family.defaults.get(name))
+
+
+def _biases(config: Config, family: Family) -> tuple[str, ...]:
+    switched = [name for field, names in family.bias_switches.items() if config.get(field) for name in names]
+    return tuple(dict.fromkeys((*family.biases, *switched)))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def config_of(shape: ModelShape) -> Config:
+    """Return the config.json fields for random weights of any `shape`: exact where the stock class can say it.
+
+    Elsewhere the sizes are legal placeholders and the caller resizes modules (`surgery.build`).
+    """
+    family = lookup(shape.family)
+    fields: Config = {
         "model_type": shape.family,
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
-        "head_dim": shape.head_dim,
         "num_hidden_layers": len(shape.blocks),
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(largest.kv_heads, 1),
-        "intermediate_size": max(largest.neurons, 1),
         "tie_word_embeddings": shape.tied,
+        **{field: set(names) <= set(shape.biases) for field, names in family.bias_switches.items()},
+        **({"sliding_window": None, "use_sliding_window": False} if family.sliding_window else {}),
     }
-    if shape.family == "llama":
-        fields |= {"attention_bias": "q" in shape.biases, "mlp_bias": "gate" in shape.biases}
-    if shape.family in ("mistral", "qwen2", "qwen3"):
-        fields |= {"sliding_window": None}
-    return fields
+    heads = _legal_heads(shape)
+    placeholder = BlockShape(heads, heads, max((1, *(block.neurons for block in shape.blocks))))
+    return skeleton_config({**fields, **_sizes(shape, placeholder)}, shape)
+
+
+def pruned_config(config: Config, keep: tuple[BlockKeep, ...]) -> Config:
+    """Return a copy of a base's config for the kept blocks: their number, and every per-layer list sliced.
+
+    Sizes stay the base's. Raises UnsupportedError where an attention is removed between blocks of different kinds:
+    transformers finds a cache layer's kind by block number, and cache layers are numbered over attentions only.
+    """
+    pruned = copy.deepcopy(config)
+    kinds = layer_types(config)
+    pruned["num_hidden_layers"] = len(keep)
+    if kinds is not None:
+        left = [kinds[one.index] for one in keep]
+        gone = [one.index for one in keep if one.kv_groups == ""]
+        if gone and len(set(left)) > 1:
+            raise UnsupportedError(
+                f"the attention of block {gone[0]} cannot be removed alone: this model mixes {' and '.join(set(left))};"
+                " remove the whole block"
+            )
+        pruned["layer_types"] = left
+    return pruned
+
+
+def skeleton_config(config: Config, shape: ModelShape) -> Config:
+    """Return `config` as the stock class of `shape.family` accepts it: with `shape`'s own sizes where it can be exact.
+
+    `config` is the base's, with as many blocks as `shape`. Where it cannot, the base's (legal) sizes stay.
+    """
+    exact = _same_family(config, shape)
+    if exact is not None:
+        return exact
+    legal = {**copy.deepcopy(config), "model_type": shape.family, "head_dim": shape.head_dim}
+    legal.pop(FAMILY_KEY, None)
+    if not _accepts_heads(lookup(shape.family), shape.hidden, int(legal["num_attention_heads"])):
+        legal |= {"num_attention_heads": _legal_heads(shape), "num_key_value_heads": _legal_heads(shape)}
+    return legal
+
+
+def stock_config(config: Config, shape: ModelShape) -> Config | None:
+    """Return the config with which a stock class loads weights of `shape`, or None where none can express it.
+
+    Of the base's family where its class accepts the sizes, else `mistral` (which runs the same mathematics as a Llama
+    without biases or window, and takes any head count), marked with the family our own loader uses.
+    """
+    exact = _same_family(config, shape)
+    if exact is not None or not _is_plain(shape) or shape.family != "llama" or shape.biases:
+        return exact
+    foreign = ("attention_bias", "mlp_bias", "pretraining_tp")
+    kept = {name: copy.deepcopy(value) for name, value in config.items() if name not in foreign}
+    return {
+        **kept,
+        **_sizes(shape, shape.blocks[0]),
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+        FAMILY_KEY: shape.family,
+    }
+
+
+def own_config(config: Config, shape: ModelShape) -> Config:
+    """Return our own form: `config` (the base's, with as many blocks as `shape`) and every block's sizes."""
+    own: Config = {
+        "model_type": OWN_MODEL_TYPE,
+        "base": copy.deepcopy(config),
+        "blocks": [msgspec.to_builtins(block) for block in shape.blocks],
+        "biases": list(shape.biases),
+    }
+    return own | {name: config[name] for name in ("dtype",) if name in config}
+
+
+def base_config(config: Config) -> Config:
+    """Return the stock part of a config.json: `base` of our own form, any other as it is."""
+    return config["base"] if config.get("model_type") == OWN_MODEL_TYPE else config
+
+
+def _is_plain(shape: ModelShape) -> bool:
+    """Whether all blocks are alike and whole: what stock modelling code can express at all."""
+    return shape.is_uniform and bool(shape.blocks) and min(shape.blocks[0].query_heads, shape.blocks[0].neurons) > 0
+
+
+def _same_family(config: Config, shape: ModelShape) -> Config | None:
+    family = lookup(shape.family)
+    exact = {**copy.deepcopy(config), **(_sizes(shape, shape.blocks[0]) if shape.blocks else {})}
+    exact["model_type"] = shape.family
+    expressible = (
+        _is_plain(shape)
+        and config.get("model_type") == shape.family
+        and _accepts_heads(family, shape.hidden, shape.blocks[0].query_heads)
+        and set(_biases(exact, family)) == set(shape.biases)
+    )
+    return exact if expressible else None
+
+
+def _accepts_heads(family: Family, hidden: int, heads: int) -> bool:
+    return family.any_heads or (heads > 0 and hidden % heads == 0)
+
+
+def _legal_heads(shape: ModelShape) -> int:
+    """A head count that every stock class accepts at this hidden size."""
+    return shape.hidden // shape.head_dim if shape.hidden % shape.head_dim == 0 else 1
+
+
+def _sizes(shape: ModelShape, block: BlockShape) -> Config:
+    return {
+        "head_dim": shape.head_dim,
+        "num_attention_heads": block.query_heads,
+        "num_key_value_heads": block.kv_heads,
+        "intermediate_size": block.neurons,
+    }

@@ -1,0 +1,38 @@
+"""What transformers calls the parts of each model family: one small file a family, one row of names and facts in it.
+
+Everything that walks a model or a checkpoint goes through here, so that a family is added by one file and an unknown
+one is refused by name. Torch is never imported: an Adapter only follows attribute names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shortllama.errors import UnsupportedError
+from shortllama.families import llama, mistral, qwen2, qwen3
+from shortllama.families.family import Adapter, Family
+
+__all__ = ["FAMILIES", "Adapter", "Family", "adapter", "lookup"]
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+}
+
+
+def lookup(model_type: object) -> Family:
+    """Return the family of a transformers model type. Raises UnsupportedError naming the supported ones."""
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise UnsupportedError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return family
+
+
+def adapter(model: Any) -> Adapter:
+    """Return the adapter of a transformers causal language model. Raises UnsupportedError for an unknown family."""
+    family = lookup(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    if not hasattr(model, family.head):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no {family.head}; expected a causal language model such as "
+            f"{family.model_type.capitalize()}ForCausalLM"
+        )
+    return Adapter(family, model)

@@ -1,0 +1,117 @@
+"""The row that describes a family, and the adapter that binds it to a model. Names and attribute walks only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The seven projections by their short names (those of `shape.BIASES`), as paths inside a pre-norm gated block.
+PROJECTIONS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+ATTENTION_PROJECTIONS = ("q", "k", "v", "o")
+MLP_PROJECTIONS = ("gate", "up", "down")
+
+
+class Family(msgspec.Struct, frozen=True, kw_only=True):
+    """One transformers model type: facts that its config.json does not state, and the names of its modules.
+
+    `biases`: projections that always have a bias; `bias_switches`: config fields that add biases to projections.
+    `defaults`: config fields whose absence means this value. `any_heads`: the stock class accepts head counts that do
+    not divide the hidden size. `norms`: the norm in front of each module, removed with it. `head_norms`: norms of size
+    head_dim inside the attention. Paths of `projections`, `attention`, `mlp`, `norms` start at a block, all others
+    at the model.
+    """
+
+    model_type: str
+    biases: tuple[str, ...] = ()
+    bias_switches: Mapping[str, tuple[str, ...]] = {}
+    defaults: Mapping[str, int] = {}
+    any_heads: bool = True
+    sliding_window: bool = False
+    norms_per_module: int = 1
+    head_norms: tuple[str, ...] = ()
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    projections: Mapping[str, str] = msgspec.field(default_factory=lambda: PROJECTIONS)
+    embedding: str = "model.embed_tokens"
+    rotary: str = "model.rotary_emb"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A model of a known family, by the parts that pruning and scoring need. Holds references, copies nothing."""
+
+    family: Family
+    model: Any
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order."""
+        return self.model.get_submodule(self.family.blocks)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.model.get_submodule(self.family.embedding)
+
+    @property
+    def rotary(self) -> nn.Module:
+        """The module that turns positions into rotary cosines and sines; it holds non-persistent buffers."""
+        return self.model.get_submodule(self.family.rotary)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm in front of the output head."""
+        return self.model.get_submodule(self.family.final_norm)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head; its weight is the embedding's where they are tied."""
+        return self.model.get_submodule(self.family.head)
+
+    @property
+    def head_dim(self) -> int:
+        """The size of one attention head."""
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def attention(self, block: nn.Module) -> nn.Module | None:
+        """Return a block's attention, or None where it was removed."""
+        return getattr(block, self.family.attention)
+
+    def mlp(self, block: nn.Module) -> nn.Module | None:
+        """Return a block's FFN, or None where it was removed."""
+        return getattr(block, self.family.mlp)
+
+    def norms(self, block: nn.Module) -> dict[str, nn.Module]:
+        """Return the norms in front of a block's modules, by name, without removed ones."""
+        names = (*self.family.attention_norms, *self.family.mlp_norms)
+        return {name: norm for name in names if (norm := getattr(block, name)) is not None}
+
+    def projections(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """Return a block's Linears under q, k, v, o, gate, up, down, without those of removed modules."""
+        found: dict[str, nn.Linear] = {}
+        for name, path in self.family.projections.items():
+            parent, _, leaf = path.rpartition(".")
+            module = getattr(block, parent)
+            if module is not None:
+                found[name] = getattr(module, leaf)
+        return found

@@ -1,0 +1,267 @@
+"""Models of any shape, by one construction path: the stock class on meta, its Linears resized, tensors put in.
+
+Random weights (`build`), pruned weights (`apply`) and weights from files (`checkpoint.load`) differ only in where the
+tensors come from, so every subject of a comparison runs the same modelling code. Knows nothing of files or criteria.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from shortllama import configs, layout
+from shortllama.errors import InputError, PlanError
+from shortllama.families import Adapter, Family, adapter, lookup
+from shortllama.plan import Plan, check_base, shape_after
+from shortllama.shape import BlockShape, ModelShape, item_bytes
+
+ATTENTIONS = ("sdpa", "eager")
+
+# Set on models whose weights are random: the only ones with memory that a blind plan may be applied to.
+_RANDOM = "shortllama_random_weights"
+
+
+def build(
+    shape: ModelShape,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    attention: str = "sdpa",
+    std: float = 0.02,
+) -> PreTrainedModel:
+    """Return a model of `shape` with normal(0, `std`) weights and biases, norms one, in eval mode.
+
+    On device "meta" it holds no weights. Equal arguments give equal weights on one kind of device.
+    """
+    model = skeleton(shape, configs.config_of(shape), dtype=dtype, attention=attention)
+    setattr(model, _RANDOM, True)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def drawn(name: str, dimensions: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(dimensions, dtype=torch_dtype(dtype), device=device)
+        if "norm" in name.rsplit(".", 2)[-2]:
+            return tensor.fill_(1)
+        return tensor.normal_(0, std, generator=generator)
+
+    return put(model, {name: drawn(name, size) for name, size in layout.tensors(shape).items()}, device)
+
+
+def apply(plan: Plan, model: PreTrainedModel, *, compensation: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """Return a new model with what `plan` keeps of `model`; the same code on meta and on real weights.
+
+    `model` and its config are untouched: all tensors are copies. KV-cache layers (`layer_idx`) are renumbered over the
+    blocks that have attention. `compensation` holds bias vectors (h,) by the result's parameter name
+    (model.layers.0.self_attn.o_proj.bias); a projection that gets one anywhere gets one everywhere, zero elsewhere.
+
+    Raises PlanError for a plan of another base, a blind plan on real weights, or missing compensation.
+    """
+    base = shape_of(model)
+    check_base(plan, base)
+    if plan.blind and not is_weightless(model):
+        raise PlanError(
+            f"plan of method {plan.method!r} is blind (it reproduces a shape, its indices mean nothing); it applies to "
+            "shapes and random weights only; make a plan from scores for real weights"
+        )
+    if (plan.compensation is None) != (compensation is None):
+        raise PlanError(
+            f"plan asks for compensation {plan.compensation!r}, {'no' if compensation is None else 'some'} biases were "
+            "given; give exactly what the plan names"
+        )
+    after = shape_after(base, plan.keep)
+    after = with_biases(after, compensation or {})
+    config = configs.pruned_config(configs.base_config(config_dict(model)), plan.keep)
+    device = next(model.parameters()).device
+    pruned = skeleton(after, config, dtype=dtype_name(model), attention=attention_name(model))
+    source = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        taken = {name: _take(source[one.source], one) for name, one in layout.slices(base, plan.keep).items()}
+        _compensate(taken, after, compensation or {})
+    if hasattr(model, _RANDOM):
+        setattr(pruned, _RANDOM, True)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return put(pruned, taken, str(device)).train(model.training)
+
+
+# -- construction -----------------------------------------------------------------------------------------------------
+
+
+def skeleton(shape: ModelShape, config: configs.Config, *, dtype: str, attention: str) -> PreTrainedModel:
+    """Return a model of `shape` on meta: the stock class of its family from a copy of `config`, Linears resized.
+
+    `config` has as many blocks as `shape`; its sizes need not be `shape`'s. Tensors are put in by `put`.
+    """
+    if attention not in ATTENTIONS:
+        raise InputError(f"attention {attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+    fields = configs.skeleton_config(config, shape)
+    made = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made, dtype=torch_dtype(dtype), attn_implementation=attention)
+        _resize(adapter(model), shape)
+    return model.eval()
+
+
+def put(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: str) -> PreTrainedModel:
+    """Fill a skeleton with one tensor for each of its parameters, by name; returns `model`, changed in place.
+
+    Tied heads are tied again, and the rotary buffers, which no checkpoint holds, are computed on `device`.
+    """
+    result = model.load_state_dict(tensors, strict=False, assign=True)
+    assert not result.unexpected_keys, result.unexpected_keys
+    model.tie_weights()
+    missing = set(result.missing_keys) - set(getattr(model, "all_tied_weights_keys", {}))
+    assert not missing, missing
+    parts = adapter(model)
+    parent, _, leaf = parts.family.rotary.rpartition(".")
+    with torch.device("meta" if device == "meta" else "cpu"):
+        rotary = type(parts.rotary)(model.config)
+    setattr(model.get_submodule(parent), leaf, rotary.to(device))
+    return model
+
+
+def _resize(parts: Adapter, shape: ModelShape) -> None:
+    """Give every block of a skeleton its sizes, and number KV-cache layers over the blocks that have attention.
+
+    Cache layers must be contiguous from 0: transformers asks layer 0 for the length of the whole cache.
+    """
+    cache_layer = 0
+    for index, size in enumerate(shape.blocks):
+        if not (size.query_heads and size.neurons):
+            parts.blocks[index] = PartialBlock(parts.family, parts.blocks[index], size)
+        block = parts.blocks[index]
+        for name, linear in parts.projections(block).items():
+            _replace_linear(block, parts.family.projections[name], linear, _features(shape, size, name))
+        attention, mlp = parts.attention(block), parts.mlp(block)
+        if attention is not None:
+            vars(attention).update(layer_idx=cache_layer, num_key_value_groups=size.query_heads // size.kv_heads)
+            cache_layer += 1
+        if mlp is not None:
+            vars(mlp).update(intermediate_size=size.neurons)
+
+
+def _features(shape: ModelShape, size: BlockShape, name: str) -> tuple[int, int, bool]:
+    """Return a projection's input size, output size, and whether it has a bias."""
+    queries, keys = size.query_heads * shape.head_dim, size.kv_heads * shape.head_dim
+    inside = {"q": queries, "k": keys, "v": keys, "o": queries}.get(name, size.neurons)
+    bias = name in shape.biases
+    return (inside, shape.hidden, bias) if name in ("o", "down") else (shape.hidden, inside, bias)
+
+
+def _replace_linear(block: nn.Module, path: str, linear: nn.Linear, wanted: tuple[int, int, bool]) -> None:
+    if (linear.in_features, linear.out_features, linear.bias is not None) == wanted:
+        return
+    inputs, outputs, bias = wanted
+    block.set_submodule(path, nn.Linear(inputs, outputs, bias=bias, device="meta", dtype=linear.weight.dtype))
+
+
+class PartialBlock(GradientCheckpointingLayer):
+    """A pre-norm decoder block without its attention, its FFN, or both; a removed module's norm is gone too.
+
+    Runs the stock modules it was made from, under their own names, and nothing in place of the removed ones: adding
+    a zero would cost a kernel launch that the comparison would measure.
+    """
+
+    def __init__(self, family: Family, block: nn.Module, size: BlockShape) -> None:
+        super().__init__()
+        self.has_attention, self.has_mlp = bool(size.query_heads), bool(size.neurons)
+        self.names = (family.attention_norms[0], family.attention, family.mlp_norms[0], family.mlp)
+        present = (self.has_attention, self.has_attention, self.has_mlp, self.has_mlp)
+        for name, here in zip(self.names, present, strict=True):
+            self.register_module(name, getattr(block, name) if here else None)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Return the hidden states (B, T, h) after what is left of the block; arguments as in the stock block."""
+        attention_norm, attention, mlp_norm, mlp = (getattr(self, name) for name in self.names)
+        if self.has_attention:
+            attended, _ = attention(hidden_states=attention_norm(hidden_states), **kwargs)
+            hidden_states = hidden_states + attended
+        if self.has_mlp:
+            hidden_states = hidden_states + mlp(mlp_norm(hidden_states))
+        return hidden_states
+
+
+# -- slicing ----------------------------------------------------------------------------------------------------------
+
+
+def _take(tensor: Tensor, one: layout.Slice) -> Tensor:
+    """Return a contiguous copy of the rows and columns of `tensor` that a slice names."""
+    taken = tensor.detach()
+    for axis, kept in ((0, one.rows), (1, one.columns)):
+        if kept is not None:
+            taken = taken.index_select(axis, torch.tensor(kept, dtype=torch.long, device=tensor.device))
+    return taken.clone() if taken.data_ptr() == tensor.data_ptr() else taken
+
+
+def with_biases(shape: ModelShape, compensation: Mapping[str, Any]) -> ModelShape:
+    """Return `shape` with biases on the projections that `compensation` names by parameter."""
+    paths = {f".{path}.bias": short for short, path in lookup(shape.family).projections.items()}
+    extra = [short for suffix, short in paths.items() if any(name.endswith(suffix) for name in compensation)]
+    return msgspec.structs.replace(shape, biases=tuple(dict.fromkeys((*shape.biases, *extra))))
+
+
+def _compensate(taken: dict[str, Tensor], after: ModelShape, compensation: Mapping[str, Tensor]) -> None:
+    """Add the bias vectors to `taken`, in place; biases that `after` has and nobody gave are zero."""
+    expected = layout.tensors(after)
+    wrong = [name for name, bias in compensation.items() if tuple(bias.shape) != expected.get(name)]
+    if wrong:
+        raise PlanError(
+            f"compensation {wrong[0]!r} has dimensions {tuple(compensation[wrong[0]].shape)}, the pruned model expects "
+            f"{expected.get(wrong[0], 'no such parameter')}"
+        )
+    like = next(iter(taken.values()))
+    for name in expected.keys() - taken.keys():
+        taken[name] = torch.zeros(expected[name], dtype=like.dtype, device=like.device)
+    for name, bias in compensation.items():
+        taken[name] = taken[name] + bias.to(like)
+
+
+# -- what a model is --------------------------------------------------------------------------------------------------
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """Return the shape of a model as its modules are, resized or not. Raises UnsupportedError for unknown families."""
+    parts = adapter(model)
+    outside = configs.shape_of(config_dict(model))
+    blocks = tuple(_block_shape(parts, block) for block in parts.blocks)
+    present = [name for block in parts.blocks for name, one in parts.projections(block).items() if one.bias is not None]
+    biases = tuple(dict.fromkeys((*outside.biases, *present)))
+    return msgspec.structs.replace(outside, blocks=blocks, biases=biases)
+
+
+def config_dict(model: PreTrainedModel) -> configs.Config:
+    """Return a model's config as config.json would hold it."""
+    return model.config.to_dict()
+
+
+def is_weightless(model: PreTrainedModel) -> bool:
+    """Whether a model has no weights that mean anything: on meta, or random ones from `build`."""
+    return hasattr(model, _RANDOM) or all(parameter.is_meta for parameter in model.parameters())
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of a name of `shape.ITEM_BYTES`. Raises InputError for any other."""
+    item_bytes(name)
+    return getattr(torch, name)
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    """Return the dtype of a model's weights by name."""
+    return str(adapter(model).embedding.weight.dtype).removeprefix("torch.")
+
+
+def attention_name(model: PreTrainedModel) -> str:
+    """Return which attention implementation a model runs, by transformers' name."""
+    return str(model.config._attn_implementation)
+
+
+def _block_shape(parts: Adapter, block: nn.Module) -> BlockShape:
+    found = parts.projections(block)
+    sizes = {name: found[name].out_features if name in found else 0 for name in ("q", "k", "gate")}
+    return BlockShape(sizes["q"] // parts.head_dim, sizes["k"] // parts.head_dim, sizes["gate"])
