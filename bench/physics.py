@@ -21,39 +21,46 @@ LAUNCH_BOUND_SHARE = 0.25  # above this share of a step, launching kernels is wh
 
 
 class Costs(msgspec.Struct, frozen=True):
-    """A shape's costs in one dtype as coefficients, with c = tokens in the cache after the step:
-    step bytes = weights + batch c kv_token, step FLOPs = batch (linear + c attended)."""
+    """A shape's costs in one dtype as coefficients. With c = tokens in the cache after a step, and p = prompt:
+
+    step bytes = weights + batch c kv_token, step FLOPs = batch (linear + head + c attended);
+    prefill bytes = weights + batch p kv_token, prefill FLOPs = batch (p linear + head + p (p + 1) / 2 attended).
+    They equal what `ModelShape` counts, and spare walking the blocks for every cell.
+    """
 
     weights: int
     kv_token: int
     linear: int
+    head: int
     attended: int
-    blocks: int
 
 
 @lru_cache(maxsize=1024)
 def costs(shape: ModelShape, dtype: str) -> Costs:
     """Return the coefficients of `shape` in `dtype`."""
-    attended = shape.decode_flops(1, 1) - shape.decode_flops(1, 0)
+    first, second = shape.decode_flops(1, 0), shape.decode_flops(1, 1)
+    head = 2 * shape.embedding_parameters
     return Costs(
         weights=shape.read_weight_bytes(dtype),
         kv_token=shape.kv_bytes_per_token(dtype),
-        linear=shape.decode_flops(1, 0) - attended,
-        attended=attended,
-        blocks=len(shape.blocks),
+        linear=2 * first - second - head,
+        head=head,
+        attended=second - first,
     )
 
 
 def step_s(cost: Costs, bandwidth: float, rate: float, batch: int, context: int) -> tuple[float, float]:
     """Return the least seconds of one decode step with `context` tokens cached before it: (by bytes, by FLOPs)."""
     moved = cost.weights + batch * (context + 1) * cost.kv_token
-    computed = batch * (cost.linear + (context + 1) * cost.attended)
+    computed = batch * (cost.linear + cost.head + (context + 1) * cost.attended)
     return moved / bandwidth, computed / rate
 
 
-def prefill_s(shape: ModelShape, dtype: str, bandwidth: float, rate: float, batch: int, prompt: int) -> float:
-    """Return the least seconds of a prefill of `prompt` tokens."""
-    return max(shape.prefill_bytes(batch, prompt, dtype) / bandwidth, shape.prefill_flops(batch, prompt) / rate)
+def prefill_s(cost: Costs, bandwidth: float, rate: float, batch: int, prompt: int) -> tuple[float, float]:
+    """Return the least seconds of a prefill of `prompt` tokens: (by bytes, by FLOPs)."""
+    moved = cost.weights + batch * prompt * cost.kv_token
+    computed = batch * (prompt * cost.linear + cost.head + prompt * (prompt + 1) * cost.attended // 2)
+    return moved / bandwidth, computed / rate
 
 
 def steps_s(cost: Costs, bandwidth: float, rate: float, batch: int, prompt: int, output: int) -> float:
@@ -84,8 +91,8 @@ def _series(start: float, growth: float, first: int, last: int) -> float:
 def roof_s(shape: ModelShape, cell: Cell, device: Device) -> float:
     """Return the least seconds of a whole call on the device's peaks. Raises UnsupportedError for an unknown rate."""
     rate = device.rate(cell.dtype)
-    prefill = prefill_s(shape, cell.dtype, device.bandwidth, rate, cell.batch, cell.prompt)
     cost = costs(shape, cell.dtype)
+    prefill = max(prefill_s(cost, device.bandwidth, rate, cell.batch, cell.prompt))
     return prefill + steps_s(cost, device.bandwidth, rate, cell.batch, cell.prompt, cell.output)
 
 

@@ -131,8 +131,8 @@ class RooflineSession:
         return self._cell
 
     def _prefill_s(self, cell: Cell) -> float:
-        shape, device = self._subject.shape, self._device
-        roof = physics.prefill_s(shape, cell.dtype, device.bandwidth, self._rate, cell.batch, cell.prompt)
+        cost = physics.costs(self._subject.shape, cell.dtype)
+        roof = max(physics.prefill_s(cost, self._device.bandwidth, self._rate, cell.batch, cell.prompt))
         return roof / self._overheads.efficiency + self._launch_s()
 
     def _step_s(self, cell: Cell, context: int) -> float:
