@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, with the protocol beside every number. Importing this loads neither torch nor data."""
+"""What a model is worth: perplexity, the protocol beside every number. Importing this loads no torch."""

@@ -1,0 +1,129 @@
+"""Criteria: what is measured on a model to rank its parts. One small file each, with the same four names in it.
+
+`NAME`; `UNIT` ("block" or "width"); `NEEDS` ("nothing", "weights" or "calibration"); `score(task) -> Measured`, higher
+= keep. This module knows their names without importing them, so that commands list them without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from shortllama.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shortllama.calibration import Calibration
+    from shortllama.families import Adapter
+    from shortllama.scores import Scores
+    from shortllama.shape import ModelShape
+    from shortllama.stack import Stack
+
+CRITERIA: dict[str, str] = {
+    "ppl": "shortllama.criteria.ppl",
+    "taylor": "shortllama.criteria.taylor",
+    "bi": "shortllama.criteria.bi",
+    "mag": "shortllama.criteria.mag",
+    "random": "shortllama.criteria.random",
+    "last": "shortllama.criteria.last",
+    "wanda-sp": "shortllama.criteria.wanda_sp",
+    "mag-sp": "shortllama.criteria.mag_sp",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a criterion found, with the lists of its unit filled in; see `Scores`."""
+
+    blocks: tuple[float, ...] | None = None
+    kv_groups: tuple[tuple[float, ...], ...] | None = None
+    neurons: tuple[tuple[float, ...], ...] | None = None
+    details: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a criterion is given: a quiet model (`stack.quiet`) of a known family, and what to measure it on.
+
+    `towards` is the shape the model is going to be pruned to, for criteria that feed pruned outputs on, or None.
+    `progress(done, total)` is called after each piece of work, in units of roughly equal cost.
+    """
+
+    adapter: Adapter
+    shape: ModelShape
+    calibration: Calibration | None
+    seed: int
+    towards: ModelShape | None
+    progress: Callable[[int, int], None]
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The model as a stack of blocks."""
+        from shortllama.stack import Stack
+
+        return Stack(self.adapter.model, list(self.adapter.blocks))
+
+    @property
+    def sequences(self) -> int:
+        """Number of calibration sequences."""
+        assert self.calibration is not None, "the criterion needs calibration and got none"
+        return len(self.calibration.sequences)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield (B, T) int64 ids on the model's device, in the calibration's order, B bounded by `rows_within`."""
+        import torch
+
+        from shortllama.calibration import rows_within
+
+        assert self.calibration is not None, "the criterion needs calibration and got none"
+        for ids in self.calibration.batches(lambda length: rows_within(length, self.shape.vocabulary)):
+            yield torch.from_numpy(ids).to(self.stack.device)
+
+
+class Criterion(Protocol):
+    """What every file of this package exports."""
+
+    NAME: str
+    UNIT: Literal["block", "width"]
+    NEEDS: Literal["nothing", "weights", "calibration"]
+
+    def score(self, task: Task) -> Measured:
+        """Return the scores of the task's model; higher = keep."""
+        ...
+
+
+def lookup(name: str) -> Criterion:
+    """Return the criterion of that name, importing it (and torch). Raises InputError with the nearest names."""
+    if name not in CRITERIA:
+        near = difflib.get_close_matches(name, CRITERIA, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(CRITERIA)}"
+        raise InputError(f"criterion {name!r} is unknown; {hint}")
+    return cast("Criterion", importlib.import_module(CRITERIA[name]))
+
+
+def remark(scores: Scores, after: ModelShape) -> str | None:
+    """Return a sentence where `scores` depend on the pruned shape and were made for another one, else None.
+
+    Wanda-sp feeds the outputs of pruned blocks on, so its scores belong to the widths they were computed towards.
+    """
+    details = scores.details or {}
+    if "towards" not in details or details["towards"] == widths(after):
+        return None
+    made_for = "dense outputs" if details["towards"] is None else "other widths"
+    return (
+        f"{scores.criterion} scores of a block depend on how the blocks before it are pruned, and these were computed "
+        f"with {made_for}; score for this target (leave out --scores) to have them exact"
+    )
+
+
+def widths(shape: ModelShape) -> dict[str, list[int]]:
+    """Return the KV groups and neurons of each block, as `details["towards"]` records them."""
+    return {
+        "kv_groups": [block.kv_heads for block in shape.blocks],
+        "neurons": [block.neurons for block in shape.blocks],
+    }

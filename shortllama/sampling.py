@@ -1,0 +1,91 @@
+"""Text from a model itself: tokens drawn from its own distribution, with a KV cache, one seed, the same every time.
+
+Used by `self` calibration, where nothing may be truncated (the sample must be the model's distribution, so that the
+perplexity of a pruned model on it is a divergence from the dense one), and for generation samples.
+
+Legend: N sequences, P prompt tokens, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shortllama.errors import InputError
+
+Progress = Callable[[int, int], None]
+
+# Sequences decoded together: bounds the cache, and fixes the batches so that asking for more changes no earlier one.
+ROWS = 16
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompt_NP: np.ndarray,
+    tokens: int,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Return (N, P + tokens) int64 ids: the prompts, each continued by `tokens` draws from the model's distribution.
+
+    Temperature 0 is greedy. No top-k or top-p, and an end-of-text token does not stop a sequence. Sequence n depends
+    on its prompt, `seed` and n only, so a longer or wider sample begins with the shorter one (to the rounding of
+    the matrix products). Raises InputError where the model's probabilities are not finite.
+    """
+    random_NT = np.stack([np.random.default_rng((seed, n)).random(tokens) for n in range(len(prompt_NP))])
+    training = model.training
+    model.eval()
+    try:
+        parts: list[np.ndarray] = []
+        for first in range(0, len(prompt_NP), ROWS):
+            rows = slice(first, first + ROWS)
+            done = first * tokens
+
+            def tick(step: int, done: int = done, count: int = len(prompt_NP[rows])) -> None:
+                if progress is not None:
+                    progress(done + step * count, len(prompt_NP) * tokens)
+
+            parts.append(_continue(model, prompt_NP[rows], random_NT[rows], temperature, tick))
+        return np.concatenate(parts)
+    finally:
+        model.train(training)
+
+
+def _continue(
+    model: Any, prompt_NP: np.ndarray, random_NT: np.ndarray, temperature: float, tick: Callable[[int], None]
+) -> np.ndarray:
+    device = model.get_input_embeddings().weight.device
+    ids = torch.from_numpy(prompt_NP.astype(np.int64)).to(device)
+    random = torch.from_numpy(random_NT).to(device)
+    drawn, cache, step_ids = [ids], None, ids
+    for step in range(random.shape[1]):
+        output = model(input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        step_ids = draw(output.logits[:, -1], random[:, step], temperature)[:, None]
+        drawn.append(step_ids)
+        tick(step + 1)
+    return torch.cat(drawn, dim=1).cpu().numpy()
+
+
+def draw(logits_NV: Tensor, uniform_N: Tensor, temperature: float) -> Tensor:
+    """Return (N,) token ids by the inverse of the cumulative distribution, in float64; temperature 0 takes the best.
+
+    A token of probability zero is never drawn.
+    """
+    if temperature == 0:
+        return logits_NV.argmax(dim=-1)
+    probabilities_NV = torch.softmax(logits_NV.double() / temperature, dim=-1)
+    if not torch.isfinite(probabilities_NV).all():
+        raise InputError("the model's probabilities are not finite, so nothing can be sampled; check weights and dtype")
+    cumulative_NV = probabilities_NV.cumsum(dim=-1)
+    threshold_N1 = uniform_N[:, None].double() * cumulative_NV[:, -1:]
+    # At the very end rounding could point past the last token that has any probability.
+    last_N = probabilities_NV.shape[1] - 1 - (probabilities_NV.flip(-1) > 0).int().argmax(dim=-1)
+    return torch.minimum(torch.searchsorted(cumulative_NV, threshold_N1, right=True)[:, 0], last_N)

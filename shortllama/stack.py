@@ -1,0 +1,146 @@
+"""A causal language model as a stack of residual blocks: trace it once, then resume anywhere.
+
+Every forward criterion needs the hidden state that enters a block, and to go on from it with some blocks left out.
+Both are done through the model's own forward, with the skipped blocks made transparent for the call, so that masks,
+positions, per-layer types, the final norm and any scaling of the logits stay the family's own code. The tail (final
+norm and output head) runs as part of it. Knows no criterion and no scores.
+
+Legend: B batch, T tokens, D hidden, V vocabulary, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Stop(Exception):
+    """Leaves a forward pass early, carrying the hidden state."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden state of a block's output, which is a tensor or a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Stack:
+    """A model and its blocks, in order. The model is used as it is: call it inside `quiet` to score."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.model = model
+        self.blocks = tuple(blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids must be on: the embedding's."""
+        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embedding.weight.device
+
+    def trace(self, ids_BT: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the L + 1 hidden states (B, T, D) and the logits (B, T, V) of one full pass.
+
+        State i enters block i; state L leaves the last block, before the final norm (unlike `hidden_states[-1]` of
+        transformers, which is after it).
+        """
+        states: list[Tensor] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            states.append(hidden_of(output))
+
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+                hooks.callback(handle.remove)
+            hooks.callback(self.blocks[-1].register_forward_hook(leave).remove)
+            logits_BTV = self._call(ids_BT)
+        assert len(states) == len(self) + 1, "a block ran more than once or not at all"
+        return states, logits_BTV
+
+    def resume(self, ids_BT: Tensor, hidden_BTD: Tensor | None, at: int) -> Tensor:
+        """Return the logits (B, T, V) of going on at block `at` as if `hidden_BTD` entered it; L runs only the tail.
+
+        At 0 the hidden state is the embedding's own and must be None. Exactly L - `at` blocks are computed.
+        """
+        with self._enter_at(hidden_BTD, at):
+            return self._call(ids_BT)
+
+    def advance(self, ids_BT: Tensor, hidden_BTD: Tensor | None, at: int) -> Tensor:
+        """Return what leaves block `at`, as (B, T, D), when `hidden_BTD` enters it; no other block and no tail runs."""
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            raise _Stop(hidden_of(output))
+
+        with self._enter_at(hidden_BTD, at):
+            handle = self.blocks[at].register_forward_hook(leave)
+            try:
+                self._call(ids_BT)
+            except _Stop as stop:
+                return stop.hidden_BTD
+            finally:
+                handle.remove()
+        raise AssertionError("the block did not run")
+
+    def _call(self, ids_BT: Tensor) -> Tensor:
+        return self.model(input_ids=ids_BT, use_cache=False).logits
+
+    @contextmanager
+    def _enter_at(self, hidden_BTD: Tensor | None, at: int) -> Generator[None]:
+        """Make the first `at` blocks return `hidden_BTD` without computing anything."""
+        assert (hidden_BTD is None) == (at == 0), "a hidden state enters every block but the first"
+
+        def transparent(*_: Any, **__: Any) -> Any:
+            return hidden_BTD
+
+        with ExitStack() as restore:
+            for block in self.blocks[:at]:
+                restore.enter_context(_forward_replaced(block, transparent))
+            yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Shadow the module's forward; its type, attributes and hooks stay, which families read while they iterate."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # type: ignore[misc]
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Generator[None]:
+    """Put the model in eval mode with no gradients asked for, and restore training mode and every flag afterwards."""
+    training = {module: module.training for module in model.modules()}
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def token_nll(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return the negative log-likelihood in nats of each token but the first, (B, T - 1), at least in float32."""
+    wide = torch.promote_types(logits_BTV.dtype, torch.float32)
+    flat = logits_BTV[:, :-1].to(wide).flatten(0, 1)
+    targets = ids_BT[:, 1:].to(flat.device)
+    return nn.functional.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape)

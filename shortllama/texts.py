@@ -1,0 +1,137 @@
+"""Documents and token ids from local files: what calibration and evaluation read. No torch, no tokenizer, no network.
+
+SRC is a text file (documents separated by lines `<|endoftext|>`, else one document), a JSONL file (one document a
+line: a string or an object with "text"), `ids:FILE.jsonl`, or a short name with an optional split (`wikitext2:test`)
+that is looked up in the data folder. `self` is not a file and is answered by `calibration`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shortllama import files
+from shortllama.errors import InputError, UnsupportedError
+
+IDS = "ids:"
+HUB = "hf:"
+SUFFIXES = (".jsonl", ".txt", ".raw")
+DATA_VARIABLE = "SHORTLLAMA_DATA"
+_SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
+
+
+class Documents(msgspec.Struct, frozen=True):
+    """Texts in file order, none of them blank, with the name they are known by (never a path of this machine)."""
+
+    name: str
+    texts: tuple[str, ...]
+    split: str | None = None
+
+
+def read_documents(src: str, data_dir: Path | None = None) -> Documents:
+    """Return the documents that `src` names. Raises InputError for what is missing, empty, or not text."""
+    if src.startswith(HUB):
+        raise UnsupportedError(f"text source {src!r}: data sets are not fetched; save its text to a file and give that")
+    paths, name, split = _locate(src, data_dir)
+    texts = tuple(text for path in paths for text in _read_file(path))
+    if not texts:
+        raise InputError(f"{src}: holds no text; give a file with some")
+    return Documents(name, texts, split)
+
+
+def _locate(src: str, data_dir: Path | None) -> tuple[list[Path], str, str | None]:
+    """Return the files of `src`, its name and its split."""
+    path = Path(src)
+    if path.is_file():
+        return [path], path.name, None
+    name, _, split = src.partition(":")
+    folder = data_dir or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+    if path.exists() or "/" in src or path.suffix in SUFFIXES:
+        kind = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"text source {src!r}: {kind}; give a text or JSONL file, ids:FILE.jsonl, or 'self'")
+    if folder is None:
+        raise InputError(
+            f"text source {src!r}: no such file, and no data folder to look it up in; "
+            f"give a file, 'self', or --data-dir (or ${DATA_VARIABLE})"
+        )
+    found = _in_folder(folder, name, split)
+    if not found:
+        wanted = f"{name} with split {split!r}" if split else name
+        raise InputError(f"text source {src!r}: {folder} holds no {wanted} ({', '.join(SUFFIXES)}); give a file")
+    return found, src, split or None
+
+
+def _in_folder(folder: Path, name: str, split: str) -> list[Path]:
+    """Return `name`'s text files in the data folder: name.txt, or the files in name/ whose name has the split."""
+    single = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    inside = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
+    found = [path for path in (*single, *inside) if path.is_file() and path.suffix in SUFFIXES]
+    return [path for path in found if not split or split in re.split(r"[._-]", path.name)]
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    data = files.read_bytes(path)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); give a text or JSONL file") from None
+    if path.suffix == ".jsonl":
+        yield from (document for document in _jsonl_texts(text, path) if document.strip())
+        return
+    parts = _SEPARATOR.split(text)
+    yield from (part if len(parts) == 1 else part.strip() for part in parts if part.strip())
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, decoded JSON) of each line that is not blank."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error.msg}); expected one document a line") from None
+
+
+def _jsonl_texts(text: str, path: Path) -> Iterator[str]:
+    for number, value in _lines(text, path):
+        document = value.get("text") if isinstance(value, dict) else value
+        if not isinstance(document, str):
+            seen = f"keys {', '.join(sorted(value)[:6])}" if isinstance(value, dict) else repr(value)[:40]
+            raise InputError(f'{path}:{number}: saw {seen}; expected a string or an object with "text"')
+        yield document
+
+
+def read_ids(path: Path) -> tuple[tuple[int, ...], ...]:
+    """Return the token id sequences of a JSONL file, one list a line, exactly as given.
+
+    Raises InputError with the line number for a line that is not a list of at least two token ids.
+    """
+    sequences: list[tuple[int, ...]] = []
+    for number, value in _lines(files.read_bytes(path).decode("utf-8", "replace"), path):
+        good = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+        if not good:
+            raise InputError(f"{path}:{number}: saw {str(value)[:40]!r}; expected a list of token ids such as [1, 403]")
+        if len(value) < 2:
+            raise InputError(f"{path}:{number}: {len(value)} token ids; at least 2 are needed to predict one")
+        sequences.append(tuple(value))
+    if not sequences:
+        raise InputError(f"{path}: holds no token ids; expected one list a line")
+    return tuple(sequences)
+
+
+def check_vocabulary(sequences: Iterable[Iterable[int]], vocabulary: int, name: str) -> None:
+    """Raise InputError naming the first sequence with a token id that a vocabulary of this size does not have."""
+    for number, sequence in enumerate(sequences, start=1):
+        highest = max(sequence)
+        if highest >= vocabulary:
+            raise InputError(
+                f"{name}: sequence {number} holds token id {highest}, but this model's vocabulary has {vocabulary} "
+                "entries; use ids made with this model's tokenizer"
+            )
