@@ -1,0 +1,260 @@
+"""Safetensors files by hand: headers checked strictly, tensors read and written one after the other.
+
+Why not the safetensors library: it maps whole files (mapped pages count neither against a memory budget nor as
+constant memory), and writes only from tensors that are all in memory. The format is eight bytes of header length, a
+JSON header, and raw little-endian rows (https://huggingface.co/docs/safetensors). Knows no model; free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shortllama import files
+from shortllama.errors import InputError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# The dtypes that weights of this project may have, by their names in the format and in torch.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NAMES = {name: code for code, name in DTYPES.items()}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+# Large enough that calls cost nothing, small enough that a copy needs no memory worth naming.
+CHUNK_BYTES = 8 << 20
+
+# A header of 100 MB is the format's own limit; it also stops a garbage length from being allocated.
+_HEADER_LIMIT = 100_000_000
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A tensor in a file: its dtype code, dimensions, and the bytes [start, end) of the file."""
+
+    file: Path
+    code: str
+    dimensions: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row (index along axis 0)."""
+        return (self.end - self.start) // self.dimensions[0] if self.dimensions and self.dimensions[0] else 0
+
+
+def in_folder(folder: Path) -> dict[str, Stored]:
+    """Return every tensor of a checkpoint folder, in one file or sharded with an index.
+
+    Raises InputError for pickled or missing weights, a missing shard, and any file that is cut off or corrupt.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        return _sharded(folder, index)
+    if (folder / SINGLE).is_file():
+        return header(folder / SINGLE)
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{folder}: holds {pickled[0]} but no safetensors; pickles are never loaded: convert it with "
+            "transformers' save_pretrained"
+        )
+    raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; expected a folder with safetensors weights")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, Stored]:
+    document = files.decode_json(files.read_bytes(index), dict[str, Any], str(index))
+    named = document.get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise InputError(f"{index}: no weight_map; was it cut off or edited by hand?")
+    found: dict[str, Stored] = {}
+    for shard in sorted({str(shard) for shard in named.values()}):
+        if Path(shard).name != shard:
+            raise InputError(f"{index}: shard {shard!r} is not a plain file name in this folder")
+        found |= header(folder / shard)
+    lost = [name for name in named if name not in found]
+    if lost:
+        raise InputError(f"{index}: tensor {lost[0]!r} is not in {named[lost[0]]}; the shards do not belong together")
+    return found
+
+
+def header(path: Path) -> dict[str, Stored]:
+    """Return the tensors of one file. Raises InputError unless the header describes the file to its last byte."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise _broken(path, f"{size} bytes, header claims {length}")
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        found = {name: _stored(path, entry, 8 + length) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _broken(path, "its header is not readable") from error
+    end = 8 + length
+    for name, one in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+        expected = math.prod(one.dimensions) * ITEM_BYTES[one.code] if one.code in ITEM_BYTES else one.end - one.start
+        if one.start != end or one.end - one.start != expected:
+            raise _broken(path, f"tensor {name!r} is not where its header says")
+        end = one.end
+    if end != size:
+        raise _broken(path, f"{size} bytes, header describes {end}")
+    return found
+
+
+def _stored(path: Path, entry: dict[str, Any], base: int) -> Stored:
+    first, last = entry["data_offsets"]
+    dimensions = tuple(int(size) for size in entry["shape"])
+    if min((*dimensions, int(first), int(last) - int(first))) < 0:
+        raise ValueError("negative size")
+    return Stored(path, str(entry["dtype"]), dimensions, base + int(first), base + int(last))
+
+
+def _broken(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: not a whole safetensors file ({why}); copy or download it again")
+
+
+def rows(one: Stored, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, bytearray]]:
+    """Yield a tensor's first row number and raw bytes, some whole rows at a time, by plain reads.
+
+    The same buffer is used for all chunks of one size: use it before taking the next.
+    """
+    if not one.row_bytes:
+        return
+    step = max(1, chunk_bytes // one.row_bytes)
+    buffer = bytearray()
+    try:
+        with one.file.open("rb", buffering=0) as file:
+            file.seek(one.start)
+            for first in range(0, one.dimensions[0], step):
+                wanted = min(step, one.dimensions[0] - first) * one.row_bytes
+                if len(buffer) != wanted:
+                    buffer = bytearray(wanted)
+                _read_into(file, memoryview(buffer), one.file)
+                yield first, buffer
+    except OSError as error:
+        raise InputError(f"{one.file}: cannot be read ({error.strerror})") from error
+
+
+def read(one: Stored, target: memoryview) -> None:
+    """Fill `target`, as many bytes as the tensor has, by plain reads."""
+    try:
+        with one.file.open("rb", buffering=0) as file:
+            file.seek(one.start)
+            _read_into(file, target, one.file)
+    except OSError as error:
+        raise InputError(f"{one.file}: cannot be read ({error.strerror})") from error
+
+
+def _read_into(file: Any, target: memoryview, path: Path) -> None:
+    """Fill `target` from an unbuffered file. Raises InputError where the file ends early."""
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])
+        if not count:
+            raise _broken(path, f"it ended {len(target) - done} bytes early")
+        done += count
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """A tensor to write: name, dtype code, dimensions, and a call that yields its raw bytes in pieces."""
+
+    name: str
+    code: str
+    dimensions: tuple[int, ...]
+    pieces: Callable[[], Iterable[bytes | bytearray | memoryview]]
+
+    @property
+    def size(self) -> int:
+        """The tensor's bytes."""
+        return math.prod(self.dimensions) * ITEM_BYTES[self.code]
+
+
+def write_folder(folder: Path, planned: list[Planned], shard_bytes: int) -> dict[str, str]:
+    """Write tensors as model.safetensors, or as shards of at most `shard_bytes` (or one tensor) with an index.
+
+    Streams: memory is that of one piece. Returns the SHA-256 of each weight file by name. Raises InputError where
+    the disk is full or not writable; the caller removes the folder.
+    """
+    shards = _split(planned, shard_bytes)
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    digests = {name: _write_file(folder / name, shard) for name, shard in zip(names, shards, strict=True)}
+    if len(shards) > 1:
+        located = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
+        total = sum(one.size for one in planned)
+        document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(located.items()))}
+        files.write_atomically(folder / INDEX, files.encode_json(document))
+    return digests
+
+
+def _split(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
+    used = 0
+    for one in planned:
+        if shards[-1] and used + one.size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(one)
+        used += one.size
+    return shards
+
+
+def _write_file(path: Path, planned: list[Planned]) -> str:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for one in planned:
+        entries[one.name] = {"dtype": one.code, "shape": one.dimensions, "data_offsets": [offset, offset + one.size]}
+        offset += one.size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as file:
+            for piece in _pieces(len(text).to_bytes(8, "little") + text, planned):
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path.name}: cannot be written ({error.strerror})") from error
+    return digest.hexdigest()
+
+
+def _pieces(start: bytes, planned: list[Planned]) -> Iterator[bytes | bytearray | memoryview]:
+    yield start
+    for one in planned:
+        written = 0
+        for piece in one.pieces():
+            written += len(piece)
+            yield piece
+        assert written == one.size, (one.name, written, one.size)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(CHUNK_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
