@@ -118,10 +118,10 @@ def lookup(name: str) -> ModelShape:
 
     Raises InputError with the nearest names where there is none.
     """
-    model, _, text = name.partition("/")
+    model, slash, _ = name.partition("/")
     if not knows(name):
         raise InputError(f"{name!r} is not in the catalogue; {near(name)}")
-    plan = plan_of(name) if text else None
+    plan = plan_of(name) if slash else None
     shape = MODELS[ALIASES.get(model, model)]
     return shape if plan is None else shape_after(shape, plan.keep)
 
@@ -133,7 +133,9 @@ def plan_of(name: str) -> Plan:
     model = ALIASES.get(given, given)
     row = ROWS.get(f"{model}/{text}", text)
     if ":" not in row:
-        raise InputError(f"{name!r} is not in the catalogue; {near(f'{model}/{text}')}; or a plan: {blind.GRAMMAR}")
+        raise InputError(
+            f"{name!r} is neither in the catalogue nor MODEL/PLAN, as {model}/depth:26; {near(f'{model}/{text}')}"
+        )
     return blind.parse(row, model=model, shape=MODELS[model])
 
 

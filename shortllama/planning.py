@@ -180,7 +180,7 @@ def _keep_blocks(request: _Request) -> tuple[BlockKeep, ...]:
         )
     if count == 0:
         raise InputError(
-            f"--{request.target.kind} {request.target.value:g} removes no block of {len(blocks)}; --blocks 1 removes one"
+            f"--{request.target.kind} {request.target.value:g} removes no block of {len(blocks)}; try --blocks 1"
         )
     gone = set(order[:count])
     return tuple(BlockKeep(index) for index in range(len(blocks)) if index not in gone)
