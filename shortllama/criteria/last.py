@@ -11,4 +11,4 @@ NEEDS = "nothing"
 
 def score(task: Task) -> Measured:
     """Return -index for each block, so that the last has the lowest score."""
-    return Measured(blocks=tuple(-float(index) for index in range(len(task.shape.blocks))))
+    return Measured(blocks=tuple(float(-index) for index in range(len(task.shape.blocks))))

@@ -1,0 +1,162 @@
+"""The library in Python, as `import shortllama as sl` shows it: load, score, plan, apply.
+
+    import shortllama as sl
+
+    model, tokenizer = sl.load("reference")
+    plan = sl.plan(model, method="taylor+", ratio=0.2)
+    pruned = sl.apply(plan, model)
+
+Thin: each function is the library's own step for a model in memory. The commands do the same for named models, and
+write checkpoints (`shortllama prune`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shortllama import methods, planning, pruning, sources
+from shortllama.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, SELF, Calibration
+from shortllama.errors import InputError
+from shortllama.plan import Plan, Target, shape_after
+from shortllama.scores import Scores
+from shortllama.shape import ModelShape
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer or None) of a folder, a hub id, `reference`, or a catalogue name (random weights).
+
+    `dtype` None keeps the stored one. Raises InputError for what cannot be found or read.
+    """
+    from shortllama import checkpoint
+
+    return checkpoint.load(name, dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code)
+
+
+def score(
+    model: Any,
+    criterion: str,
+    *,
+    calibration: str | Calibration = SELF,
+    tokenizer: Any = None,
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    towards: ModelShape | None = None,
+) -> Scores:
+    """Return the scores of a transformers model by a criterion; higher = keep.
+
+    `calibration`: "self" (sampled from the model), a text or JSONL file (needs `tokenizer`), `ids:FILE.jsonl`, or a
+    Calibration made before. `towards`: the shape it will be pruned to, which only wanda-sp reads.
+    Raises InputError for a calibration that is missing, too short or malformed.
+    """
+    from shortllama import calibration as calibrations
+    from shortllama import criteria, scoring
+
+    used = calibration if isinstance(calibration, Calibration) else None
+    if used is None and criteria.lookup(criterion).NEEDS == "calibration":
+        assert isinstance(calibration, str), "calibration is a source or a Calibration"
+        used = calibrations.load(
+            calibration,
+            tokenizer=tokenizer,
+            model=model,
+            samples=samples,
+            length=length,
+            seed=seed,
+            data_dir=data_dir,
+        )
+    return scoring.score(model, criterion, used, towards=towards, seed=seed)
+
+
+def plan(
+    model: Any,
+    *,
+    method: str,
+    ratio: float | None = None,
+    blocks: int | None = None,
+    target_params: float | None = None,
+    at_most: bool = False,
+    protect: tuple[int, int] | None = None,
+    align: int = 1,
+    scores: Scores | None = None,
+    calibration: str | Calibration = SELF,
+    tokenizer: Any = None,
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    data_dir: Path | None = None,
+) -> Plan:
+    """Return which parts of `model` a method keeps. `model` is a transformers model, or a name as in `load`.
+
+    Give one of `ratio` (share of the blocks, or of heads and neurons for width methods), `blocks` (how many go) and
+    `target_params` (parameters left; `at_most` never exceeds them). `protect` is (first, last) blocks that stay, by
+    default the method's. `align` rounds kept widths up to a multiple. Without `scores` the model is scored first, as
+    in `score` (a named one is loaded for it); a catalogue shape gets a blind plan, which applies to random weights only.
+    Raises InputError for an unknown method, a target out of range, and scores of another model.
+    """
+    target = _target(ratio, blocks, target_params)
+    source = _source(model)
+    name, shape = (_name(model), _shape(model)) if source is None else (pruning.base_name(source), source.shape)
+    made = {"model": name, "shape": shape, "target": target, "protect": protect, "align": align, "at_most": at_most}
+    blind = planning.make_plan_for(method, **made)
+    if scores is None and source is not None:
+        if source.folder is None:
+            return blind
+        model, tokenizer = pruning.load(source)
+    if scores is None:
+        scores = score(
+            model,
+            methods.lookup(method).criterion,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            data_dir=data_dir,
+            towards=shape_after(shape, blind.keep),
+        )
+    return planning.make_plan_for(method, **made, scores=scores, seed=seed)
+
+
+def apply(plan: Plan, model: Any) -> Any:
+    """Return a new model with what `plan` keeps of `model`, which is untouched.
+
+    Raises PlanError for a plan of another base, and for a blind plan on real weights.
+    """
+    from shortllama import surgery
+
+    return surgery.apply(plan, model)
+
+
+def _target(ratio: float | None, blocks: int | None, target_params: float | None) -> Target:
+    given = {"ratio": ratio, "blocks": blocks, "target-params": target_params}
+    chosen = [Target(kind, value) for kind, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise InputError(f"give exactly one of ratio, blocks and target_params; saw {len(chosen)}")
+    return chosen[0]
+
+
+def _source(model: Any) -> sources.Source | None:
+    """Return what a name stands for; None for a model in memory."""
+    if isinstance(model, Path):
+        return sources.from_folder(str(model), model)
+    return sources.locate(model) if isinstance(model, str) else None
+
+
+def _name(model: Any) -> str:
+    """Return what a plan calls a model in memory: the last part of where it came from (no host paths), or its type."""
+    return Path(getattr(model.config, "_name_or_path", "") or model.config.model_type).name
+
+
+def _shape(model: Any) -> ModelShape:
+    from shortllama import surgery
+
+    return surgery.shape_of(model)
