@@ -44,13 +44,12 @@ def parse(text: str, *, model: str, shape: ModelShape, seed: int = 0) -> Plan:
     for pattern, make in _FORMS.items():
         match = pattern.fullmatch(text)
         if match:
-            plan_keep = make(match, shape, seed)
             return make_plan(
                 model=model,
                 shape=shape,
                 method=text.partition(":")[0],
                 target=Target("shape", text),
-                keep=plan_keep,
+                keep=make(match, shape, seed),
                 blind=True,
                 provenance=Provenance(seed=seed if pattern is _FLAP else None),
             )
@@ -99,8 +98,9 @@ def _width(match: re.Match[str], shape: ModelShape, seed: int) -> tuple[BlockKee
 def _first_units(text: str, index: int, block: BlockShape, groups: int, neurons: int) -> BlockKeep:
     """Keep the first `groups` and `neurons` of a block, or say which it lacks."""
     if groups > block.kv_heads:
-        queries = f" of {block.query_heads // block.kv_heads} query heads each" if block.kv_heads else ""
-        raise PlanError(f"{text}: block {index} has {block.kv_heads} KV groups{queries}, not {groups}; ask for less")
+        per_group = block.query_heads // max(block.kv_heads, 1)
+        units = "heads" if per_group <= 1 else f"KV groups of {per_group} query heads"
+        raise PlanError(f"{text}: block {index} has {block.kv_heads} {units}, not {groups}; ask for less")
     if neurons > block.neurons:
         raise PlanError(f"{text}: block {index} has {block.neurons} neurons, not {neurons}; ask for less")
     if groups == neurons == 0:
