@@ -192,10 +192,10 @@ def write(source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD
     stored = stored_tensors(folder, found.shape)
     after = shape_after(found.shape, plan.keep)
     dimensions, taken = layout.tensors(after), layout.slices(found.shape, plan.keep)
-    planned = [
-        Planned(name, stored[taken[name].source].code, size, partial(_cut, stored[taken[name].source], taken[name]))
-        for name, size in dimensions.items()
-    ]
+    planned: list[Planned] = []
+    for name, size in dimensions.items():
+        one, part = stored[taken[name].source], taken[name]
+        planned.append(Planned(name, one.code, size, partial(tensorfile.cut, one, part.rows, part.columns)))
     config = configs.pruned_config(configs.base_config(found.config), plan.keep)
     return _write_folder(out, plan, after, config, planned, folder, shard_bytes)
 
@@ -268,24 +268,6 @@ def _finished(config: configs.Config, dtype: str) -> configs.Config:
     kept = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
     base = {"base": _finished(config["base"], dtype)} if "base" in config else {}
     return {**kept, **base, "dtype": dtype}
-
-
-def _cut(one: Stored, part: layout.Slice) -> Iterator[memoryview | bytearray]:
-    """Yield the bytes of a tensor's kept rows and columns, some rows at a time."""
-    if part.rows is None and part.columns is None:
-        yield from (raw for _, raw in tensorfile.rows(one))
-        return
-    import numpy as np
-
-    item = tensorfile.ITEM_BYTES[one.code]
-    rows = np.arange(one.dimensions[0]) if part.rows is None else np.asarray(part.rows)
-    for first, raw in tensorfile.rows(one):
-        values = np.frombuffer(raw, dtype=f"u{item}").reshape(len(raw) // one.row_bytes, -1)
-        kept = values[rows[(rows >= first) & (rows < first + len(values))] - first]
-        if part.columns is not None:
-            kept = kept[:, np.asarray(part.columns)]
-        if kept.size:
-            yield np.ascontiguousarray(kept).data.cast("B")
 
 
 def _raw(tensor: Tensor) -> Iterator[memoryview]:

@@ -147,6 +147,25 @@ def rows(one: Stored, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, byt
         raise InputError(f"{one.file}: cannot be read ({error.strerror})") from error
 
 
+def cut(
+    one: Stored, kept_rows: tuple[int, ...] | None = None, kept_columns: tuple[int, ...] | None = None
+) -> Iterator[memoryview | bytearray]:
+    """Yield the bytes of a tensor's kept rows (axis 0) and columns (axis 1), some rows at a time; None keeps all."""
+    if kept_rows is None and kept_columns is None:
+        yield from (raw for _, raw in rows(one))
+        return
+    import numpy as np
+
+    wanted = np.arange(one.dimensions[0]) if kept_rows is None else np.asarray(kept_rows)
+    for first, raw in rows(one):
+        values = np.frombuffer(raw, dtype=f"u{ITEM_BYTES[one.code]}").reshape(len(raw) // one.row_bytes, -1)
+        kept = values[wanted[(wanted >= first) & (wanted < first + len(values))] - first]
+        if kept_columns is not None:
+            kept = kept[:, np.asarray(kept_columns)]
+        if kept.size:
+            yield np.ascontiguousarray(kept).data.cast("B")
+
+
 def read(one: Stored, target: memoryview) -> None:
     """Fill `target`, as many bytes as the tensor has, by plain reads."""
     try:

@@ -1,0 +1,46 @@
+"""What a checkpoint folder computes when stock transformers loads it: run as a script, in a process of its own.
+
+Nothing of this package is imported here, so that a folder which passes cannot owe it to our own loader.
+Input: a JSON line on stdin {"folder", "prompt", "steps"}; output: the same keys as `outputs`, as one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def outputs(model: Any, prompt: list[int], steps: int) -> dict[str, Any]:
+    """Return the model's class, its logits after each prompt token (T, V) and its next `steps` greedy tokens.
+
+    One sequence; the tokens are decoded one by one with a KV cache, so that cache numbering is exercised too.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt], device=device)
+    tokens: list[int] = []
+    with torch.inference_mode():
+        result = model(ids, use_cache=True)
+        logits = result.logits[0].float().cpu()
+        for _ in range(steps):
+            ids = result.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+            result = model(ids, past_key_values=result.past_key_values, use_cache=True)
+    return {"class": type(model).__name__, "logits": logits.tolist(), "tokens": tokens}
+
+
+def main() -> None:
+    """Load the folder named on stdin in float32 with stock classes and print its outputs."""
+    asked = json.loads(sys.stdin.readline())
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype="float32", trust_remote_code=False)
+    json.dump(outputs(model.eval(), asked["prompt"], asked["steps"]), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

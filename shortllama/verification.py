@@ -1,0 +1,216 @@
+"""Whether a written checkpoint is what it should be: read back and compared, before anyone is told it is fine.
+
+Two independent oracles: stock transformers in a fresh process (the folder really loads elsewhere), and the dense model
+with the pruned parts zeroed (the right parts were kept). Both must agree with our own loader in logits and in greedy
+tokens. Nothing here is shared with surgery: masking works by zeroing outputs, never by slicing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shortllama import checkpoint, configs, files, sources, stock_reload, tensorfile
+from shortllama.errors import InputError, UnsupportedError
+from shortllama.families import Adapter, adapter
+from shortllama.plan import BlockKeep, Plan, check_base, kept_groups, kept_neurons, read_plan, shape_after
+from shortllama.shape import BlockShape, ModelShape
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 16
+
+# Largest difference of two logits, as a share of the largest logit. float32 sums in another order differ by some 1e-6
+# after 32 blocks; a wrong head or neuron shows in the first digits.
+TOLERANCE = 1e-4
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One comparison: its name, whether it passed, and what was seen."""
+
+    name: str
+    passed: bool
+    seen: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What was verified of a folder. `loaded_as`: the stock class that loads it, None for our own form."""
+
+    folder: str
+    form: str
+    loaded_as: str | None
+    parameters: int
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> str:
+        """The failed checks in one line; empty if there are none."""
+        return "; ".join(f"{check.name}: {check.seen}" for check in self.checks if not check.passed)
+
+
+def verify(folder: str | Path, against: str | Path | None = None, *, device: str = "cpu") -> Report:
+    """Return what reading `folder` back showed; the caller raises VerificationError where it is not `ok`.
+
+    Computes in float32 on seeded random tokens. `against`: the base model that the folder's plan was made for; its
+    masked self is then compared too. One model is in memory at a time. Raises InputError for a folder that cannot be
+    read at all, PlanError where `against` is not the plan's base.
+    """
+    folder = Path(folder)
+    source = sources.from_folder(str(folder), folder)
+    assert source.config is not None
+    plan = _plan_for(folder, against)
+    checks = [*_recorded(folder, source.shape)]
+    prompt = random.Random(0).choices(range(source.shape.vocabulary), k=PROMPT_TOKENS)
+    own = _own_outputs(folder, prompt, device)
+    stock = source.config.get("model_type") != configs.OWN_MODEL_TYPE
+    loaded_as = None
+    if stock:
+        seen = _stock_outputs(folder, prompt)
+        loaded_as = seen.get("class")
+        checks.append(_compare("stock transformers in a fresh process", own, seen))
+    if against is not None and plan is not None:
+        base = sources.from_folder(str(against), against) if isinstance(against, Path) else sources.locate(against)
+        check_base(plan, base.shape)
+        after = shape_after(base.shape, plan.keep)
+        same = after.blocks == source.shape.blocks
+        checks.append(Check("shape of the plan", same, "as planned" if same else "blocks differ from the plan's"))
+        if same:
+            checks.append(
+                _compare("masked dense model", own, _masked_outputs(sources.fetch(base), plan, prompt, device))
+            )
+    form = "stock" if stock else configs.OWN_MODEL_TYPE
+    return Report(str(folder), form, loaded_as, source.shape.parameters, tuple(checks))
+
+
+def _plan_for(folder: Path, against: str | Path | None) -> Plan | None:
+    if against is None:
+        return None
+    if not (folder / checkpoint.MARK).is_file():
+        raise InputError(f"{folder}: no {checkpoint.MARK}, so there is nothing to compare with {against}")
+    plan = read_plan(folder)
+    if plan.compensation:
+        raise UnsupportedError(
+            f"{folder}: its plan adds {plan.compensation!r} compensation, which a masked dense model lacks; verify it "
+            "without --against"
+        )
+    return plan
+
+
+def _recorded(folder: Path, shape: ModelShape) -> list[Check]:
+    """Compare the folder with its manifest, where it has one."""
+    if not (folder / checkpoint.MANIFEST).is_file():
+        return []
+    file = folder / checkpoint.MANIFEST
+    manifest = files.decode_json(files.read_bytes(file), checkpoint.Manifest, str(file))
+    recorded = {**manifest.weights, **manifest.companions}
+    changed = [name for name, digest in recorded.items() if tensorfile.digest_of(folder / name) != digest]
+    seen = f"changed since written: {', '.join(changed)}" if changed else f"{len(recorded)} files as written"
+    same = manifest.shape_digest == shape.digest()
+    return [
+        Check("files", not changed, seen),
+        Check("shape", same, "as recorded" if same else "config.json says another shape than the manifest"),
+    ]
+
+
+def _own_outputs(folder: Path, prompt: list[int], device: str) -> dict[str, Any]:
+    model, _ = checkpoint.load(folder, dtype="float32", device=device)
+    return stock_reload.outputs(model, prompt, NEW_TOKENS)
+
+
+def _stock_outputs(folder: Path, prompt: list[int]) -> dict[str, Any]:
+    asked = json.dumps({"folder": str(folder.resolve()), "prompt": prompt, "steps": NEW_TOKENS})
+    done = subprocess.run(
+        # -P keeps this package's folder off sys.path, where its module names would shadow others'.
+        [sys.executable, "-P", stock_reload.__file__],
+        input=asked + "\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"error": lines[-1]}
+    return json.loads(done.stdout)
+
+
+def _masked_outputs(folder: Path, plan: Plan, prompt: list[int], device: str) -> dict[str, Any]:
+    model, _ = checkpoint.load(folder, dtype="float32", device=device)
+    mask(model, plan)
+    return stock_reload.outputs(model, prompt, NEW_TOKENS)
+
+
+def _compare(name: str, own: dict[str, Any], other: dict[str, Any]) -> Check:
+    if "error" in other:
+        return Check(name, False, f"does not load: {other['error']}")
+    difference = relative_difference(own["logits"], other["logits"])
+    tokens = own["tokens"] == other["tokens"]
+    agreement = "equal" if tokens else "differ"
+    seen = f"largest logit difference {difference:.1e} of the largest logit, greedy tokens {agreement}"
+    return Check(name, tokens and difference <= TOLERANCE, seen)
+
+
+def relative_difference(left: list[list[float]], right: list[list[float]]) -> float:
+    """Return the largest difference of two tables as a share of the largest value; infinite for other sizes or NaN."""
+    import numpy as np
+
+    a, b = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.inf
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+
+
+# -- the masked dense model -------------------------------------------------------------------------------------------
+
+
+def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Zero, in place, everything of a dense model that `plan` removes; returns `model`, which then is the oracle.
+
+    A removed unit's outgoing weights are zeroed (columns of o and down; of a whole module also its outgoing bias), so
+    that what it computes adds nothing to the residual stream. Sizes and KV cache stay the dense model's.
+    """
+    import torch
+
+    from shortllama import surgery
+
+    shape = surgery.shape_of(model)
+    check_base(plan, shape)
+    parts = adapter(model)
+    kept = {one.index: one for one in plan.keep}
+    with torch.no_grad():
+        for index, block in enumerate(parts.blocks):
+            keep = kept.get(index, BlockKeep(index, "", ""))
+            _mask_block(parts, block, shape.blocks[index], keep)
+    return model
+
+
+def _mask_block(parts: Adapter, block: nn.Module, size: BlockShape, keep: BlockKeep) -> None:
+    projections = parts.projections(block)
+    groups, neurons = set(kept_groups(keep, size)), set(kept_neurons(keep, size))
+    if "o" in projections:
+        width = projections["o"].in_features // size.kv_heads
+        for group in range(size.kv_heads):
+            if group not in groups:
+                projections["o"].weight[:, group * width : (group + 1) * width] = 0
+    if "down" in projections:
+        gone = [neuron for neuron in range(size.neurons) if neuron not in neurons]
+        projections["down"].weight[:, gone] = 0
+    for name, left in (("o", groups), ("down", neurons)):
+        if name in projections and not left and projections[name].bias is not None:
+            projections[name].bias.zero_()
