@@ -136,6 +136,10 @@ def _check_scores(scores: Scores, method: Method, shape: ModelShape) -> None:
             raise InputError(f"scores lack {name!r}, which method {method.name} needs; score again")
         if values != sizes:
             raise InputError(f"scores.{name} are for {_say(values)}, this model has {_say(sizes)}; score this model")
+    if scores.base_digest != shape.digest():
+        raise PlanError(
+            f"scores are of another model (shape {scores.base_digest}, this one is {shape.digest()}); score this model"
+        )
     check_finite(scores)
 
 

@@ -101,8 +101,8 @@ def test_a_ratio_is_hit_within_half_a_block(shape: ModelShape, percent: int) -> 
 
 
 def test_the_plus_methods_protect_four_and_two() -> None:
-    scores = Scores(criterion="taylor", unit="block", base_digest="x", blocks=tuple(map(float, range(12))))
     shape = msgspec.structs.replace(LLAMA_7B, blocks=LLAMA_7B.blocks[:12])
+    scores = Scores(criterion="taylor", unit="block", base_digest=shape.digest(), blocks=tuple(map(float, range(12))))
     plain, plus = (plan(name, shape, "blocks", 3, scores=scores) for name in ("taylor", "taylor+"))
     assert [keep.index for keep in plain.keep] == [3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert [keep.index for keep in plus.keep] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
@@ -305,11 +305,15 @@ def test_bad_requests_are_refused_with_the_numbers(
     assert "\n" not in str(caught.value)
 
 
-BLOCK_SCORES = Scores(criterion="ppl", unit="block", base_digest="x", blocks=(1.0, 2.0, 3.0))
-WIDTH_SCORES = Scores(
-    criterion="wanda-sp", unit="width", base_digest="x", kv_groups=((1.0, 2.0),) * 3, neurons=((1.0,) * 4,) * 3
-)
 THREE_BLOCKS = ModelShape.uniform(vocabulary=5, hidden=8, head_dim=2, blocks=3, query_heads=4, kv_heads=2, neurons=4)
+BLOCK_SCORES = Scores(criterion="ppl", unit="block", base_digest=THREE_BLOCKS.digest(), blocks=(1.0, 2.0, 3.0))
+WIDTH_SCORES = Scores(
+    criterion="wanda-sp",
+    unit="width",
+    base_digest=THREE_BLOCKS.digest(),
+    kv_groups=((1.0, 2.0),) * 3,
+    neurons=((1.0,) * 4,) * 3,
+)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +325,7 @@ THREE_BLOCKS = ModelShape.uniform(vocabulary=5, hidden=8, head_dim=2, blocks=3, 
         ("ppl", msgspec.structs.replace(BLOCK_SCORES, blocks=None), "lack 'blocks'"),
         ("ppl", msgspec.structs.replace(BLOCK_SCORES, blocks=(1.0, 2.0, math.nan)), "scores.blocks[2] is nan"),
         ("ppl", msgspec.structs.replace(BLOCK_SCORES, blocks=(1.0, 1.0, 1.0)), "ranks nothing"),
+        ("ppl", msgspec.structs.replace(BLOCK_SCORES, base_digest="abc"), "of another model (shape abc"),
         ("wanda-sp", msgspec.structs.replace(WIDTH_SCORES, neurons=None), "lack 'neurons'"),
         (
             "wanda-sp",
