@@ -99,7 +99,7 @@ def plan(
     Give one of `ratio` (share of the blocks, or of heads and neurons for width methods), `blocks` (how many go) and
     `target_params` (parameters left; `at_most` never exceeds them). `protect` is (first, last) blocks that stay, by
     default the method's. `align` rounds kept widths up to a multiple. Without `scores` the model is scored first, as
-    in `score` (a named one is loaded for it); a catalogue shape gets a blind plan, which applies to random weights only.
+    in `score` (a named one is loaded for it); a catalogue shape gets a blind plan, for random weights only.
     Raises InputError for an unknown method, a target out of range, and scores of another model.
     """
     target = _target(ratio, blocks, target_params)
