@@ -1,0 +1,250 @@
+"""What the core's commands show: costs, plans and scores as plain documents, and the same as tables for people.
+
+Documents are what --json prints. Numbers keep SI base units until the last moment; rich is imported only to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shortllama.difference import ANY_SIZE, Difference, SetDifference
+from shortllama.evaluation.results import Evaluation
+from shortllama.indices import count_indices, format_indices
+from shortllama.plan import BlockKeep, Plan, shape_after
+from shortllama.scores import Scores
+from shortllama.shape import BlockShape, ModelShape
+
+if TYPE_CHECKING:
+    from shortllama.verification import Report
+
+# Context at which a decode step is priced: the paper's prompt of 12 tokens and half of its 128 new ones.
+CONTEXT = 76
+# Wide enough that no cell wraps when the output goes to a file or a pipe.
+PIPE_WIDTH = 200
+
+
+def count(value: float) -> str:
+    """Return a number of parameters or operations with four digits: 6.738 B."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3f} {unit}"
+    return f"{value:g}"
+
+
+def size(value: float) -> str:
+    """Return bytes in binary units: 12.55 GiB."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(value) >= 1 << power:
+            return f"{value / (1 << power):.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+    """Print a table on stdout; columns whose name ends in a space are aligned left, the others right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for name in columns:
+        drawn.add_column(name.strip(), justify="left" if name.endswith(" ") else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(str, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    console.print(drawn)
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def shape_document(name: str, shape: ModelShape, dtype: str) -> dict[str, Any]:
+    """Return a shape with its costs in bytes and FLOPs; the decode step is at batch 1 and CONTEXT cached tokens."""
+    return {
+        "name": name,
+        "family": shape.family,
+        "digest": shape.digest(),
+        "dtype": dtype,
+        "parameters": shape.parameters,
+        "weight_bytes": shape.weight_bytes(dtype),
+        "kv_bytes_per_token": shape.kv_bytes_per_token(dtype),
+        "decode_step": {
+            "batch": 1,
+            "context": CONTEXT,
+            "bytes": shape.decode_bytes(1, CONTEXT, dtype),
+            "flops": shape.decode_flops(1, CONTEXT),
+        },
+        "vocabulary": shape.vocabulary,
+        "hidden": shape.hidden,
+        "head_dim": shape.head_dim,
+        "tied": shape.tied,
+        "uniform": shape.is_uniform,
+        "alignments": shape.alignments(),
+        "blocks": [msgspec.to_builtins(block) for block in shape.blocks],
+    }
+
+
+def show_shapes(named: Iterable[tuple[str, ModelShape]], dtype: str) -> None:
+    """Print one line a shape."""
+    rows = (
+        (
+            name,
+            count(shape.parameters),
+            len(shape.blocks),
+            _range(b.query_heads for b in shape.blocks),
+            _range(b.kv_heads for b in shape.blocks),
+            _range(b.neurons for b in shape.blocks),
+            size(shape.weight_bytes(dtype)),
+            size(shape.kv_bytes_per_token(dtype)),
+        )
+        for name, shape in named
+    )
+    columns = ("name ", "parameters", "blocks", "heads", "KV heads", "neurons", f"weights {dtype}", "KV a token")
+    table(columns, rows)
+
+
+def show_shape(name: str, shape: ModelShape, dtype: str) -> None:
+    """Print one shape with its costs and, run by run, its blocks."""
+    aligned = ", ".join(f"{key} {min(powers)}" for key, powers in shape.alignments().items() if powers)
+    facts = {
+        "family": shape.family,
+        "parameters": f"{count(shape.parameters)} ({shape.parameters:,})",
+        f"weights, {dtype}": size(shape.weight_bytes(dtype)),
+        f"KV cache a token, {dtype}": size(shape.kv_bytes_per_token(dtype)),
+        f"decode step at {CONTEXT} tokens": f"{size(shape.decode_bytes(1, CONTEXT, dtype))} moved, "
+        f"{count(shape.decode_flops(1, CONTEXT))}FLOP",
+        "vocabulary x hidden": f"{shape.vocabulary} x {shape.hidden}" + (", tied" if shape.tied else ""),
+        "head size": shape.head_dim,
+        "divisible by (powers of two)": aligned,
+        "digest": shape.digest(),
+    }
+    table((f"{name} ", " "), [(f"{key} ", value) for key, value in facts.items()])
+    rows = _by_run((index, _sizes(shape, block)) for index, block in enumerate(shape.blocks))
+    table(("blocks ", "heads", "KV heads", "neurons", "parameters each"), rows)
+
+
+def _range(values: Iterable[int]) -> str:
+    seen = list(values)
+    low, high = min(seen, default=0), max(seen, default=0)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _sizes(shape: ModelShape, block: BlockShape) -> tuple[str, ...]:
+    return str(block.query_heads), str(block.kv_heads), str(block.neurons), count(shape.block_parameters(block))
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def show_plan(plan: Plan, base: ModelShape | None) -> None:
+    """Print what a plan keeps and, where the base shape is at hand, the parameters before and after."""
+    facts: dict[str, object] = {
+        "base": f"{plan.base.model}@{plan.base.shape_digest}",
+        "method": plan.method + (" (blind: shapes and random weights only)" if plan.blind else ""),
+        "target": f"{plan.target.kind} {plan.target.value}",
+        "blocks kept": f"{plan.achieved.blocks}: {format_indices(keep.index for keep in plan.keep)}",
+        "parameters removed": f"{100 * plan.achieved.parameters:.2f} %",
+    }
+    if base is not None:
+        facts["blocks removed"] = (
+            format_indices(set(range(len(base.blocks))) - {keep.index for keep in plan.keep}) or "none"
+        )
+        facts["parameters"] = f"{count(base.parameters)} -> {count(shape_after(base, plan.keep).parameters)}"
+    if plan.compensation:
+        facts["bias compensation"] = plan.compensation
+    facts["digest"] = plan.digest()
+    table(("plan ", " "), [(key, value) for key, value in facts.items()])
+    cut = [keep for keep in plan.keep if keep.kv_groups is not None or keep.neurons is not None]
+    if cut:
+        table(("blocks ", "KV groups kept ", "neurons kept"), _by_run((keep.index, _kept(keep)) for keep in cut))
+
+
+def _kept(keep: BlockKeep) -> tuple[str, str]:
+    groups = "all" if keep.kv_groups is None else keep.kv_groups or "none"
+    neurons = "all" if keep.neurons is None else f"{count_indices(keep.neurons, ANY_SIZE):,}"
+    return groups, neurons
+
+
+def _by_run(rows: Iterable[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """One row for each run of rows with equal cells, under the index set of its blocks."""
+    return [(format_indices(index for index, _ in run), *cells) for cells, run in groupby(rows, key=lambda row: row[1])]
+
+
+def show_before_after(base: ModelShape, after: ModelShape, dtype: str = "float16") -> None:
+    """Print what pruning changes, before anything is written."""
+    rows = [
+        ("parameters", count(base.parameters), count(after.parameters), _change(base.parameters, after.parameters)),
+        _row("weights", base.weight_bytes(dtype), after.weight_bytes(dtype)),
+        _row("KV cache a token", base.kv_bytes_per_token(dtype), after.kv_bytes_per_token(dtype)),
+        ("blocks", len(base.blocks), len(after.blocks), _change(len(base.blocks), len(after.blocks))),
+        ("KV heads", _range(b.kv_heads for b in base.blocks), _range(b.kv_heads for b in after.blocks), ""),
+        ("neurons", _range(b.neurons for b in base.blocks), _range(b.neurons for b in after.blocks), ""),
+    ]
+    table((f"{dtype} ", "before", "after", "change"), rows)
+
+
+def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, size(before), size(after), _change(before, after)
+
+
+def _change(before: int, after: int) -> str:
+    return f"{100 * (after / before - 1):+.2f} %" if before else ""
+
+
+def show_difference(both: tuple[Plan, Plan], names: tuple[str, str], found: Difference) -> None:
+    """Print which blocks, groups and neurons only one of two plans keeps."""
+    rows = [
+        (name, plan.method, plan.achieved.blocks, f"{100 * plan.achieved.parameters:.2f} %", only or "none")
+        for name, plan, only in zip(names, both, (found.blocks.only_a, found.blocks.only_b), strict=True)
+    ]
+    table(("plan ", "method ", "blocks", "removed", "blocks only here "), rows)
+    if found.inside:
+        groups = _by_run(_only(one.index, "KV groups", one.kv_groups) for one in found.inside if one.kv_groups)
+        neurons = _by_run(_only(one.index, "neurons", one.neurons) for one in found.inside if one.neurons)
+        table(("blocks ", "part ", f"only {names[0]} ", f"only {names[1]} "), [*groups, *neurons])
+
+
+def _only(index: int, part: str, sets: SetDifference) -> tuple[int, tuple[str, ...]]:
+    return index, (part, sets.only_a or "none", sets.only_b or "none")
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def show_scores(scores: Scores) -> None:
+    """Print one line a block, the least important first where the criterion ranks blocks."""
+    title = f"{scores.criterion}: higher = keep"
+    if scores.blocks is not None:
+        ranked = sorted(enumerate(scores.blocks), key=lambda pair: pair[1])
+        rows = [(rank, index, f"{value:.6g}") for rank, (index, value) in enumerate(ranked, 1)]
+        table(("goes as number", "block", "score"), rows, title=title)
+    for name, lists in (("KV groups", scores.kv_groups), ("neurons", scores.neurons)):
+        if lists is not None:
+            rows = [
+                (index, len(values), f"{min(values):.4g}", f"{sum(values) / len(values):.4g}", f"{max(values):.4g}")
+                for index, values in enumerate(lists)
+                if values
+            ]
+            table(("block", name, "least", "mean", "most"), rows, title=title)
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print every perplexity with its protocol beside it."""
+    rows = [
+        (subject, source, f"{result.perplexity:.4g}", f"{result.nll:.4f}", result.protocol)
+        for subject, quality in evaluation.subjects.items()
+        for source, result in quality.perplexity.items()
+    ]
+    table(("model ", "text ", "perplexity", "nats a token", "protocol "), rows)
+
+
+def show_report(report: Report) -> None:
+    """Print what verification of a folder saw."""
+    loads = f"loads in stock transformers as {report.loaded_as}" if report.loaded_as else "loads with shortllama only"
+    rows = [("ok" if check.passed else "FAILED", check.name, check.seen) for check in report.checks]
+    table(("", "check ", "seen "), rows, title=f"{report.folder}: {count(report.parameters)} parameters, {loads}")

@@ -1,0 +1,113 @@
+"""The options that several commands share, declared once, and what they mean as values. Light imports only.
+
+What is checked here is what a single option can get wrong; what depends on the model is checked by the library.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shortllama import criteria, methods
+from shortllama.errors import InputError
+from shortllama.plan import Target
+
+MODEL_HELP = "A folder, a Hugging Face id, 'reference' (ships with the package) or a catalogue name such as llama-7b."
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random: sampled text, random choices.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a model folder run the Python code of its tokenizer.")
+]
+
+Criterion = Annotated[str, typer.Option(help=f"What to measure: {', '.join(criteria.CRITERIA)}.", show_default=False)]
+
+# -- calibration: what `score` takes, and `plan` and `prune` where they score first -----------------------------------
+
+Calibration = Annotated[
+    str,
+    typer.Option(
+        metavar="SRC",
+        help="Text or JSONL file, ids:FILE.jsonl, a short name in --data-dir, or 'self' (sampled from the model).",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in each calibration sequence.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(envvar="SHORTLLAMA_DATA", help="Where short names such as wikitext2 are looked up.", metavar="DIR"),
+]
+
+# -- choosing: what `plan` takes, and `prune` where no plan is given --------------------------------------------------
+
+_METHODS = f"How to choose: {', '.join(methods.METHODS)}."
+Method = Annotated[str, typer.Option(help=_METHODS, show_default=False)]
+OptionalMethod = Annotated[str | None, typer.Option("--method", help=_METHODS)]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share to remove, between 0 and 1: of the blocks, or of heads and neurons for width methods."),
+]
+Blocks = Annotated[int | None, typer.Option(help="Number of blocks to remove.")]
+TargetParams = Annotated[float | None, typer.Option(metavar="P", help="Parameters to come down to, such as 5.4e9.")]
+AtMost = Annotated[bool, typer.Option("--at-most", help="With --target-params: never leave more than P.")]
+Protect = Annotated[
+    str | None,
+    typer.Option(metavar="FIRST,LAST", help="Blocks at either end that must stay, such as 4,2. Default: the method's."),
+]
+Align = Annotated[int, typer.Option(min=1, help="Round kept widths up to a multiple of this (width methods).")]
+ScoresFile = Annotated[
+    Path | None, typer.Option("--scores", metavar="FILE", help="Use these scores (from score --out), score nothing.")
+]
+
+
+def target(ratio: float | None, blocks: int | None, target_params: float | None) -> Target:
+    """Return the one target given (planning checks its range). Raises InputError for none or several."""
+    given = {"--ratio": ratio, "--blocks": blocks, "--target-params": target_params}
+    chosen = [(name, value) for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        seen = " and ".join(f"{name} {value:g}" for name, value in chosen) or "none"
+        raise InputError(f"give exactly one of {', '.join(given)}; saw {seen}")
+    name, value = chosen[0]
+    return Target(name.removeprefix("--"), value)
+
+
+def protection(text: str | None) -> tuple[int, int] | None:
+    """Return FIRST,LAST as two counts; None for None. Raises InputError for anything else."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise InputError(f"--protect {text!r} is not two counts; write FIRST,LAST such as 4,2")
+    return int(parts[0]), int(parts[1])
+
+
+def check_output_file(path: Path | None) -> None:
+    """Raise InputError where `path` could not be written, before any long work. None is fine."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give --out a file name")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it or give another --out")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written (no permission for {path.parent}); give another --out")
+
+
+def refuse_choice(
+    method: str | None, ratio: float | None, blocks: int | None, target_params: float | None, scores: Path | None
+) -> None:
+    """Raise InputError where --plan is given together with an option that chooses."""
+    given = {
+        "--method": method,
+        "--ratio": ratio,
+        "--blocks": blocks,
+        "--target-params": target_params,
+        "--scores": scores,
+    }
+    both = [name for name, value in given.items() if value is not None]
+    if both:
+        raise InputError(f"--plan says what to remove already; leave out {', '.join(both)}")

@@ -1,0 +1,208 @@
+"""Verbs on models by name: score one, choose what to remove from it, evaluate it. What commands and sweeps share.
+
+Importing this loads no torch; the verbs do, once all that can be refused without it has been refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shortllama import criteria, methods, planning, sources
+from shortllama import plan as plans
+from shortllama.errors import InputError
+from shortllama.evaluation.results import Perplexity, Quality
+from shortllama.plan import Plan, Target
+from shortllama.scores import Scores
+from shortllama.shape import ModelShape
+from shortllama.sources import Source
+
+Progress = Callable[[str, int, int], None]
+
+
+class Scoring(msgspec.Struct, frozen=True):
+    """How to obtain scores where none are given. Defaults are the paper's: 10 samples of 128 tokens."""
+
+    calibration: str = "self"
+    samples: int = 10
+    length: int = 128
+    seed: int = 0
+    data_dir: Path | None = None
+    trust_remote_code: bool = False
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What to remove: a method's name, a target, and constraints. `protect` None: what the method protects."""
+
+    method: str
+    target: Target
+    at_most: bool = False
+    protect: tuple[int, int] | None = None
+    align: int = 1
+
+
+def choose(
+    source: Source,
+    choice: Choice,
+    scoring: Scoring,
+    scores: Scores | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Plan:
+    """Return the plan of `choice` for a model: from `scores` if given, else by scoring it first.
+
+    A shape without weights gets a blind plan. `progress(what, done, total)` is called while a model is scored.
+    Raises InputError for anything that cannot be done, before loading the model.
+    """
+    blind = _plan(source, choice, None, None)
+    if scores is None and source.folder is None:
+        return blind
+    if scores is None:
+        criterion = methods.lookup(choice.method).criterion
+        towards = plans.shape_after(source.shape, blind.keep)
+        scores = score(source, criterion, scoring, towards=towards, progress=progress)
+    return _plan(source, choice, scores, scoring.seed)
+
+
+def _plan(source: Source, choice: Choice, scores: Scores | None, seed: int | None) -> Plan:
+    return planning.make_plan_for(
+        choice.method,
+        model=base_name(source),
+        shape=source.shape,
+        target=choice.target,
+        scores=scores,
+        protect=choice.protect,
+        align=choice.align,
+        at_most=choice.at_most,
+        seed=seed,
+    )
+
+
+def base_name(source: Source) -> str:
+    """Return what a plan calls its base: the name given, but of a local folder the last part only (no host paths)."""
+    local = source.folder is not None and not source.on_hub and source.name != sources.REFERENCE
+    return source.folder.resolve().name if local and source.folder else source.name
+
+
+def score(
+    source: Source,
+    criterion: str,
+    scoring: Scoring,
+    *,
+    towards: ModelShape | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Return the scores of a named model by a criterion; loads it, and its calibration where that is needed.
+
+    `towards`: the shape it will be pruned to, for criteria that depend on it. Raises InputError for a shape without
+    weights where the criterion reads them.
+    """
+    needs = criteria.lookup(criterion).NEEDS
+    if needs != "nothing" and source.folder is None:
+        raise InputError(
+            f"{source.name} is a shape without weights, and criterion {criterion} reads them; "
+            "give a folder, a hub id or 'reference' (shortllama plan makes blind plans of shapes)"
+        )
+    from shortllama import calibration, surgery
+    from shortllama import scoring as engine
+
+    report = progress or _silent
+    if needs == "nothing":
+        model, tokenizer = surgery.build(source.shape, device="meta"), None
+    else:
+        model, tokenizer = load(source, trust_remote_code=scoring.trust_remote_code)
+    used = None
+    if needs == "calibration":
+        used = calibration.load(
+            scoring.calibration,
+            tokenizer=tokenizer,
+            model=model,
+            samples=scoring.samples,
+            length=scoring.length,
+            seed=scoring.seed,
+            data_dir=scoring.data_dir,
+            progress=lambda done, total: report("calibration", done, total),
+        )
+    return engine.score(
+        model,
+        criterion,
+        used,
+        towards=towards,
+        seed=scoring.seed,
+        progress=lambda done, total: report(f"{criterion} scores", done, total),
+    )
+
+
+def load(source: Source, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return (model, tokenizer or None) on the device to compute on: a CUDA device if there is one, else the CPU.
+
+    On a CPU weights are float32: 16-bit arithmetic is slow there, and coarse. On a GPU they stay as stored.
+    """
+    import torch
+
+    from shortllama import checkpoint
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return checkpoint.load(
+        sources.fetch(source),
+        dtype="float32" if device == "cpu" else None,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def evaluate(
+    source: Source,
+    texts: Sequence[str],
+    *,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Quality:
+    """Return the perplexity of a named model on each source of text, under the default protocol.
+
+    Text `self` is sampled from the dense model: for a pruned folder, from the base that its plan names. Raises
+    InputError where that base cannot be found, or a source cannot be used.
+    """
+    from shortllama import calibration
+    from shortllama.evaluation import perplexity
+
+    report = progress or _silent
+    model, tokenizer = load(source, trust_remote_code=trust_remote_code)
+    dense = model
+    base = dense_base(source) if calibration.SELF in texts else None
+    if base is not None:
+        dense, _ = load(base, trust_remote_code=trust_remote_code)
+    found: dict[str, Perplexity] = {}
+    for src in texts:
+        text = perplexity.prepare(src, tokenizer=tokenizer, dense=dense, seed=seed, data_dir=data_dir)
+        found[src] = perplexity.measure(model, text, progress=lambda done, total, src=src: report(src, done, total))
+    return Quality(found)
+
+
+def dense_base(source: Source) -> Source | None:
+    """Return the model that a pruned folder was made from; None for a folder without a plan.
+
+    Raises InputError where the name in its plan does not lead to a model of that shape from here.
+    """
+    if source.folder is None or not (source.folder / "plan.json").is_file():
+        return None
+    base = plans.read_plan(source.folder).base
+    try:
+        found = sources.locate(base.model)
+    except InputError:
+        found = None
+    if found is None or found.folder is None or found.shape.digest() != base.shape_digest:
+        raise InputError(
+            f"{source.name}: 'self' text is sampled from the dense model, and its base {base.model!r} is not found "
+            "from here; run where that name leads to it, or give a text file or ids:FILE.jsonl"
+        )
+    return found
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
