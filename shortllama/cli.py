@@ -17,7 +17,7 @@ from shortllama import blind, catalogue, console, criteria, display, files, opti
 from shortllama import plan as plans
 from shortllama import scores as score_files
 from shortllama.difference import difference
-from shortllama.errors import InputError, ShortllamaError, VerificationError
+from shortllama.errors import InputError, VerificationError
 from shortllama.evaluation.results import Evaluation, write_evaluation
 from shortllama.plan import Plan
 from shortllama.pruning import Choice, Scoring
@@ -136,7 +136,7 @@ def show(path: PlanPath, as_json: options.Json = False) -> None:
     """Show what a plan keeps, or what a checkpoint folder holds: its plan, shape and costs."""
     shape = sources.from_folder(str(path), path).shape if path.is_dir() else None
     held = plans.read_plan(path) if shape is None or (path / "plan.json").exists() else None
-    base = _base_at_hand(held) if held else None
+    base = pruning.base_at_hand(held) if held else None
     if shape is None and base is not None and held is not None:
         shape = plans.shape_after(base, held.keep)
     if as_json:
@@ -293,18 +293,6 @@ def _deliver(made: Plan, base: ModelShape, out: Path | None, as_json: bool) -> N
         console.emit(made)
     else:
         display.show_plan(made, base)
-
-
-def _base_at_hand(held: Plan) -> ModelShape | None:
-    """The shape of a plan's base where its name leads to it without the network, else None."""
-    name = held.base.model
-    if not (catalogue.knows(name) or name == sources.REFERENCE or Path(name).is_dir()):
-        return None
-    try:
-        shape = sources.locate(name).shape
-    except ShortllamaError:
-        return None
-    return shape if shape.digest() == held.base.shape_digest else None
 
 
 def _write(source: Source, made: Plan, out: Path, as_json: bool) -> None:

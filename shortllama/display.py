@@ -193,7 +193,7 @@ def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 
 def _change(before: int, after: int) -> str:
-    return f"{100 * (after / before - 1):+.2f} %" if before else ""
+    return f"{100 * (after / before - 1):+.2f} %" if before != after else ""
 
 
 def show_difference(both: tuple[Plan, Plan], names: tuple[str, str], found: Difference) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from shortllama import criteria, methods, planning, sources
+from shortllama import catalogue, criteria, methods, planning, sources
 from shortllama import plan as plans
 from shortllama.errors import InputError
 from shortllama.evaluation.results import Perplexity, Quality
@@ -202,6 +202,18 @@ def dense_base(source: Source) -> Source | None:
             "from here; run where that name leads to it, or give a text file or ids:FILE.jsonl"
         )
     return found
+
+
+def base_at_hand(plan: Plan) -> ModelShape | None:
+    """Return the shape of a plan's base where its name leads there without the network, else None."""
+    name = plan.base.model
+    if not (catalogue.knows(name) or name == sources.REFERENCE or Path(name).is_dir()):
+        return None
+    try:
+        shape = sources.locate(name).shape
+    except InputError:
+        return None
+    return shape if shape.digest() == plan.base.shape_digest else None
 
 
 def _silent(what: str, done: int, total: int) -> None:
