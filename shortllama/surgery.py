@@ -7,6 +7,7 @@ tensors come from, so every subject of a comparison runs the same modelling code
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -237,7 +238,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
 def config_dict(model: PreTrainedModel) -> configs.Config:
     """Return a model's config as config.json would hold it."""
-    return model.config.to_dict()
+    return json.loads(model.config.to_json_string())
 
 
 def is_weightless(model: PreTrainedModel) -> bool:

@@ -156,12 +156,12 @@ def cut(
         return
     import numpy as np
 
-    wanted = np.arange(one.dimensions[0]) if kept_rows is None else np.asarray(kept_rows)
+    wanted = np.arange(one.dimensions[0]) if kept_rows is None else np.asarray(kept_rows, dtype=np.intp)
     for first, raw in rows(one):
         values = np.frombuffer(raw, dtype=f"u{ITEM_BYTES[one.code]}").reshape(len(raw) // one.row_bytes, -1)
         kept = values[wanted[(wanted >= first) & (wanted < first + len(values))] - first]
         if kept_columns is not None:
-            kept = kept[:, np.asarray(kept_columns)]
+            kept = kept[:, np.asarray(kept_columns, dtype=np.intp)]
         if kept.size:
             yield np.ascontiguousarray(kept).data.cast("B")
 
