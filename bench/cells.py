@@ -94,15 +94,21 @@ def budget_bytes(text: str) -> int | None:
     return round(float(match.group(1)) * _UNITS[match.group(2)])
 
 
+def suite_path(name: str) -> Path:
+    """Return the file of a suite: a TOML file itself, or the shipped suite of that name."""
+    path = Path(name)
+    if path.suffix or path.exists():
+        return path
+    shipped = Path(__file__).parent / "suites"
+    if not (shipped / f"{name}.toml").exists():
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.toml")))
+        raise InputError(f"suite {name!r} is neither a file nor a shipped suite; shipped: {names}")
+    return shipped / f"{name}.toml"
+
+
 def read_suite(name: str) -> Suite:
     """Return the suite in a TOML file, or the shipped suite of that name."""
-    path = Path(name)
-    if not path.suffix and not path.exists():
-        shipped = Path(__file__).parent / "suites"
-        path = shipped / f"{name}.toml"
-        if not path.exists():
-            names = ", ".join(sorted(p.stem for p in shipped.glob("*.toml")))
-            raise InputError(f"suite {name!r} is neither a file nor a shipped suite; shipped: {names}")
+    path = suite_path(name)
     suite = files.decode_toml(files.read_bytes(path), Suite, str(path))
     check_suite(suite, str(path))
     return suite

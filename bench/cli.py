@@ -1,0 +1,48 @@
+"""The command `shortllama`: the harness's verbs, and the core's mounted beside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.compare import compare
+from bench.sweep import sweep
+from shortllama import cli as core
+from shortllama import console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Which pruned shape of a Llama-like model is really faster on this hardware, where does memory end, and what "
+    "does it cost in quality?",
+)
+app.add_typer(core.app)
+app.command(epilog="Example: shortllama sweep quick --out runs/mine")(sweep)
+
+
+@app.command(epilog="Example: shortllama report runs/mine --out reports/mine")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs: folders or files.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the report.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Write a report on one or more runs: one HTML page, Markdown, figures as PNG and SVG, tables as CSV."""
+    from bench import report as reports
+
+    reports.write(runs, out)
+    if as_json:
+        names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+        console.emit({"out": str(out), "files": names})
+    console.say(f"wrote {out / 'index.html'}")
+
+
+app.command(epilog="Example: shortllama compare runs/before runs/after --fail-over latency:5%")(compare)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(console.run(app))

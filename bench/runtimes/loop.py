@@ -1,0 +1,132 @@
+"""Our own greedy decode loop, the same for every kind of cache: what `eager` and `static` measure.
+
+Nothing in the timed region waits for the device: token ids stay on it, positions are given explicitly, and only the
+last position's logits are computed.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from bench.runtimes.loading import allocating, random_prompt
+from bench.runtimes.marks import Marks, marks
+from bench.runtimes.protocol import Call, Options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+
+class Caches(Protocol):
+    """How one kind of cache is had, for cells of up to `slots` cached tokens a sequence."""
+
+    def fresh(self) -> Cache:
+        """Return an empty cache; called before the timed region."""
+        ...
+
+    def advance(self, cache: Cache, tokens: int) -> None:
+        """Make `cache`, which holds a prompt, as large as if it held `tokens` tokens."""
+        ...
+
+
+class CacheKind(Protocol):
+    """Makes the caches of a cell."""
+
+    def __call__(self, config: Any, slots: int) -> Caches:
+        """Return the caches for a model config and the longest length."""
+        ...
+
+
+class Loop:
+    """A session (see `protocol.Session`) that decodes greedily with caches of one kind."""
+
+    def __init__(self, model: PreTrainedModel, options: Options, kind: CacheKind) -> None:
+        self._model: Any = model
+        self._options = options
+        self._kind = kind
+
+    def clock(self) -> float:
+        """Return the host's clock, seconds."""
+        return perf_counter()
+
+    @allocating
+    @torch.inference_mode()
+    def prepare(self, batch: int, prompt: int, output: int) -> None:
+        """Draw the prompt tokens and set up the cache of a cell; what the cell before held is freed."""
+        self._arrange(random_prompt(self._model.config.vocab_size, batch, prompt, self._options), output)
+
+    def _arrange(self, ids: torch.Tensor, output: int) -> None:
+        self._caches: Caches | None = None  # freed first: two caches must never be alive together
+        self._ids = ids
+        prompt = ids.shape[1]
+        slots = prompt + output - 1
+        positions = torch.arange(slots, device=ids.device).unsqueeze(0)
+        self._prompt_positions = positions[:, :prompt]
+        self._step_positions = tuple(positions[:, i : i + 1] for i in range(prompt, slots))
+        self._caches = self._kind(self._model.config, slots)
+        self._marks = marks(output, self._options.device)
+
+    @allocating
+    @torch.inference_mode()
+    def call(self) -> Call:
+        """Generate once, timed."""
+        assert self._caches is not None, "prepare a cell first"
+        cache = self._caches.fresh()
+        timer = self._marks
+        timer.start()
+        produced = self._decode(cache, timer)
+        call = timer.finish(len(produced) * self._ids.shape[0])
+        self._check(produced)
+        return call
+
+    def _decode(self, cache: Cache, timer: Marks) -> list[torch.Tensor]:
+        """Return the new tokens, one (B, 1) tensor a step."""
+        token = self._step(cache, self._ids, self._prompt_positions)
+        timer.mark()
+        produced = [token]
+        for position in self._step_positions:
+            token = self._step(cache, token, position)
+            timer.mark()
+            produced.append(token)
+        return produced
+
+    def _step(self, cache: Cache, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        out = self._model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def _check(self, produced: list[torch.Tensor]) -> None:
+        shape = tuple(torch.cat(produced, 1).shape)
+        expected = (self._ids.shape[0], len(self._step_positions) + 1)
+        assert shape == expected, f"produced {shape} tokens, the cell asks for {expected}"
+
+    @allocating
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Run the prefill and the last step, between them the cache made as large as it would be by then."""
+        assert self._caches is not None, "prepare a cell first"
+        cache = self._caches.fresh()
+        token = self._step(cache, self._ids, self._prompt_positions)
+        if self._step_positions:
+            self._caches.advance(cache, self._ids.shape[1] + len(self._step_positions) - 1)
+            token = self._step(cache, token, self._step_positions[-1])
+        token.cpu()  # waits for the device
+
+    @allocating
+    @torch.inference_mode()
+    def generate(self, prompt_ids: list[list[int]], output: int) -> list[list[int]]:
+        """Return the greedy new tokens (B, output)."""
+        self._arrange(torch.tensor(prompt_ids, device=self._options.device), output)
+        assert self._caches is not None
+        self._marks.start()
+        produced = self._decode(self._caches.fresh(), self._marks)
+        return torch.cat(produced, 1).tolist()
+
+    def close(self) -> None:
+        """Free the model and the cache."""
+        self._caches = None
+        self._model = None
