@@ -83,8 +83,8 @@ def _checked(
 def start_cost(model: Any, tokens: int) -> Callable[[], Cost]:
     """Return a function that returns the cost since now of work on `model` over `tokens`: wall time and peak memory.
 
-    Peak bytes are what the device allocated at most on CUDA, else what the process held at most beyond the start
-    (Linux, where the kernel lets the high-water mark be reset); null where neither can be known.
+    Peak bytes are counted beyond what is held now (the model): of the device's allocations on CUDA, else of the
+    process's resident memory, where the kernel lets its high-water mark be reset (Linux); null elsewhere.
     """
     device = next(model.parameters()).device
     started, resident = time.perf_counter(), _reset_peak(device)
@@ -101,7 +101,7 @@ def _reset_peak(device: Any) -> int | None:
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
-        return 0
+        return torch.cuda.memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status_bytes("VmRSS")
@@ -115,7 +115,7 @@ def _peak(device: Any, start: int | None) -> int | None:
     if device.type == "cuda":
         import torch
 
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - start
     return max(0, _status_bytes("VmHWM") - start)
 
 

@@ -20,9 +20,7 @@ def model():
     return surgery.build(shape, dtype="float64", std=0.3, seed=3)
 
 
-@given(
-    st.lists(st.floats(-30, 30), min_size=2, max_size=12), st.floats(0, 1, exclude_max=True), st.floats(0.1, 3)
-)
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=12), st.floats(0, 1, exclude_max=True), st.floats(0.1, 3))
 def test_draw_inverts_the_cumulative_distribution(logits, uniform, temperature):
     row = np.array(logits) / temperature
     weights = np.exp(row - row.max())

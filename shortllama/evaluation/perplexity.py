@@ -158,14 +158,14 @@ def measure(
 ) -> Perplexity:
     """Return the perplexity of `model` on prepared windows: exp(sum of NLL / predicted tokens).
 
-    `batch` windows run together (default: as many as a bound on the logits' memory allows, at most 64); it changes
+    `batch` windows run together (default: as many as a bound on the logits' memory allows, at most 16); it changes
     nothing beyond rounding: shorter windows are padded on the right, which causal attention never sees.
     Raises InputError for ids outside the model's vocabulary and for a mean NLL that is not finite.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     texts.check_vocabulary((window.ids.tolist() for window in text.windows), vocabulary, text.name)
     longest = max(len(window.ids) for window in text.windows)
-    rows = batch or min(64, calibration.rows_within(longest, vocabulary))
+    rows = batch or min(16, calibration.rows_within(longest, vocabulary))
     total, tokens = 0.0, 0
     with quiet(model), torch.no_grad():
         for start in range(0, len(text.windows), rows):

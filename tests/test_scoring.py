@@ -1,0 +1,202 @@
+"""Scoring as a step: what it leaves behind, what it records, what it refuses; and the Python interface."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+import shortllama as sl
+from shortllama import calibration, criteria, scoring, surgery
+from shortllama.errors import InputError, PlanError, UnsupportedError
+from shortllama.scores import Scores, read_scores, write_scores
+
+
+@pytest.fixture(scope="module")
+def used() -> calibration.Calibration:
+    ids = np.random.default_rng(0).integers(0, 97, size=(4, 8))
+    return calibration.describe(ids, "made", seed=0, bos=None)
+
+
+@pytest.fixture
+def model(tiny_shape):
+    return surgery.build(tiny_shape, std=0.15)
+
+
+@pytest.mark.parametrize("criterion", criteria.CRITERIA)
+def test_the_model_comes_back_as_it_was(model, used, criterion, tiny_shape):
+    model.train()
+    frozen = model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter is not frozen:
+            parameter.requires_grad_(True)
+    model.model.layers[2].eval()
+    own_gradient = torch.ones_like(model.model.layers[0].mlp.up_proj.weight)
+    model.model.layers[0].mlp.up_proj.weight.grad = own_gradient
+    stored = {name: p.clone() for name, p in model.state_dict().items()}
+    towards = msgspec.structs.replace(
+        tiny_shape, blocks=tuple(msgspec.structs.replace(b, neurons=50) for b in tiny_shape.blocks)
+    )
+    scoring.score(model, criterion, used, towards=towards)
+    assert model.training
+    assert not model.model.layers[2].training
+    assert model.model.layers[0].training
+    assert not frozen.requires_grad
+    assert all(p.requires_grad for p in model.parameters() if p is not frozen)
+    assert model.model.layers[0].mlp.up_proj.weight.grad is own_gradient
+    assert (own_gradient == 1).all()
+    assert sum(p.grad is not None for p in model.parameters()) == 1
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("criterion", criteria.CRITERIA)
+def test_scores_describe_themselves_and_repeat(model, used, criterion, tiny_shape, tmp_path):
+    calls: list[tuple[int, int]] = []
+    scores = scoring.score(model, criterion, used, seed=3, progress=lambda done, total: calls.append((done, total)))
+    chosen = criteria.lookup(criterion)
+    assert (scores.criterion, scores.unit) == (chosen.NAME, chosen.UNIT)
+    assert scores.base_digest == tiny_shape.digest()
+    assert scores.calibration == (used.description if chosen.NEEDS == "calibration" else None)
+    assert scores.cost is not None
+    assert scores.cost.wall_s > 0
+    assert scores.cost.tokens == (32 if chosen.NEEDS == "calibration" else 0)
+    if chosen.UNIT == "block":
+        assert scores.blocks is not None
+        assert len(scores.blocks) == 4
+    else:
+        assert [len(g) for g in scores.kv_groups or ()] == [4] * 4
+        assert [len(n) for n in scores.neurons or ()] == [96] * 4
+    if chosen.NEEDS != "nothing":
+        assert calls == sorted(calls), "progress goes backward"
+        assert calls[-1][0] == calls[-1][1], "progress does not end at the total"
+    assert scoring.score(model, criterion, used, seed=3).digest() == scores.digest()
+    write_scores(tmp_path / "scores.json", scores)
+    assert read_scores(tmp_path / "scores.json") == scores
+
+
+def test_peak_memory_sees_a_large_allocation(model):
+    if scoring._reset_peak(torch.device("cpu")) is None:
+        pytest.skip("the kernel does not let the high-water mark be reset")
+    cost = scoring.start_cost(model, 0)
+    held = torch.ones(64 * 2**20 // 4)
+    del held
+    peak = cost().peak_bytes
+    assert peak is not None
+    assert 60 * 2**20 < peak < 100 * 2**20
+
+
+def test_bad_requests_are_answered_in_one_line(model, used, tiny_shape):
+    high = calibration.describe([[1, 97]], "high.jsonl", seed=None, bos=None)
+    cases = [
+        (lambda: scoring.score(model, "ppl"), InputError, "criterion ppl needs calibration"),
+        (lambda: scoring.score(model, "bi", high), InputError, "high.jsonl: sequence 1 holds token id 97"),
+        (lambda: scoring.score(model, "pp", used), InputError, "did you mean ppl"),
+        (lambda: scoring.score(torch.nn.Linear(2, 2), "mag"), UnsupportedError, "not supported"),
+        (lambda: scoring.score(surgery.build(tiny_shape, device="meta"), "mag"), InputError, "a shape without any"),
+    ]
+    for call, kind, expected in cases:
+        with pytest.raises(kind) as error:
+            call()
+        assert expected in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("criterion", ["ppl", "taylor", "bi", "mag", "wanda-sp"])
+def test_broken_weights_give_no_ranking(model, used, criterion):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        scoring.score(model, criterion, used)
+
+
+def test_equal_scores_are_refused(tiny_shape, used):
+    model = surgery.build(tiny_shape)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    with pytest.raises(InputError, match="ranks nothing"):
+        scoring.score(model, "ppl", used)
+
+
+# -- the Python interface ---------------------------------------------------------------------------------------------
+
+
+def test_plan_and_apply_in_python(model, used):
+    plan = sl.plan(model, method="bi", ratio=0.25, calibration=used)
+    assert not plan.blind
+    assert plan.achieved.blocks == 3
+    assert plan.provenance.calibration == used.description["digest"]
+    pruned = sl.apply(plan, model)
+    assert len(pruned.model.layers) == 3
+    assert len(model.model.layers) == 4
+    scores = sl.score(model, "bi", calibration=used)
+    assert isinstance(scores, Scores)
+    assert sl.plan(model, method="bi", blocks=1, scores=scores).keep == plan.keep
+
+
+def test_self_calibration_is_the_default(model):
+    model.config.bos_token_id = 1
+    first = sl.plan(model, method="taylor", blocks=1, samples=2, length=16)
+    assert first == sl.plan(model, method="taylor", blocks=1, samples=2, length=16)
+    source = sl.score(model, "taylor", samples=2, length=16).calibration
+    assert source is not None
+    assert source["source"] == "self"
+    assert source["tokens"] == 32
+
+
+def test_width_plans_are_scored_towards_their_own_target(model, used, tiny_shape):
+    plan = sl.plan(model, method="wanda-sp", ratio=0.5, calibration=used)
+    after = sl.plan.shape_after(tiny_shape, plan.keep)
+    direct = scoring.score(model, "wanda-sp", used, towards=after)
+    assert criteria.remark(direct, after) is None
+    assert plan.provenance.scores_digest == direct.digest()
+    assert sl.apply(plan, model).model.layers[0].mlp.down_proj.in_features == 48
+
+
+def test_names_work_as_models(model, used, tmp_path):
+    blind = sl.plan("llama-7b", method="wanda-sp", ratio=0.2)
+    assert blind.blind
+    model.save_pretrained(tmp_path / "mine")
+    named = sl.plan(tmp_path / "mine", method="mag", blocks=1)
+    assert named.base.model == "mine", "a plan must not hold a path"
+    assert named.keep == sl.plan(model, method="mag", blocks=1).keep
+    loaded, tokenizer = sl.load(tmp_path / "mine")
+    assert tokenizer is None
+    assert sl.plan(loaded, method="mag", blocks=1).keep == named.keep
+    with pytest.raises(PlanError):
+        sl.apply(blind, loaded)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [({}, "saw 0"), ({"ratio": 0.5, "blocks": 1}, "saw 2"), ({"ratio": 1.5}, "outside"), ({"blocks": 4}, "only 3 may")],
+)
+def test_bad_targets_are_refused_before_scoring(model, target, expected, monkeypatch):
+    monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("scored before checking"))
+    with pytest.raises(InputError, match=expected):
+        sl.plan(model, method="ppl", **target)
+
+
+def test_importing_and_planning_shapes_loads_no_torch():
+    code = (
+        "import sys, shortllama as sl; import shortllama.criteria, shortllama.evaluation.results, shortllama.texts;"
+        "assert 'numpy' not in sys.modules, 'numpy';"
+        "plan = sl.plan('llama-7b', method='ppl', ratio=0.2); assert sl.plan.Plan is type(plan);"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'torch'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        _ = sl.prun
