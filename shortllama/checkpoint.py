@@ -94,6 +94,7 @@ def load(
     source = sources.from_folder(str(model), model) if isinstance(model, Path) else sources.locate(model)
     if source.folder is None:
         return surgery.build(source.shape, dtype=dtype or "float32", device=device, attention=attention), None
+    surgery.check_device(device)
     folder = sources.fetch(source)
     assert source.config is not None
     stored = stored_tensors(folder, source.shape)

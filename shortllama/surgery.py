@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shortllama import configs, layout
-from shortllama.errors import InputError, PlanError
+from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.families import Adapter, Family, adapter, lookup
 from shortllama.plan import Plan, check_base, shape_after
 from shortllama.shape import BlockShape, ModelShape, item_bytes
@@ -42,6 +42,7 @@ def build(
 
     On device "meta" it holds no weights. Equal arguments give equal weights on one kind of device.
     """
+    check_device(device)
     model = skeleton(shape, configs.config_of(shape), dtype=dtype, attention=attention)
     setattr(model, _RANDOM, True)
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
@@ -244,6 +245,21 @@ def config_dict(model: PreTrainedModel) -> configs.Config:
 def is_weightless(model: PreTrainedModel) -> bool:
     """Whether a model has no weights that mean anything: on meta, or random ones from `build`."""
     return hasattr(model, _RANDOM) or all(parameter.is_meta for parameter in model.parameters())
+
+
+def check_device(name: str) -> None:
+    """Raise UnsupportedError unless torch can use the device "cpu", "meta", "cuda" or "cuda:N" on this machine."""
+    kind, _, index = name.partition(":")
+    if kind == "cuda":
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        usable = int(index or 0) < seen if (index or "0").isdecimal() else False
+    else:
+        seen, usable = 0, name in ("cpu", "meta")
+    if not usable:
+        raise UnsupportedError(
+            f"device {name!r} cannot be used: torch {torch.__version__} sees {seen} CUDA devices here; "
+            "give cpu, or cuda:N with N below that"
+        )
 
 
 def torch_dtype(name: str) -> torch.dtype:

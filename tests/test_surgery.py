@@ -264,6 +264,12 @@ def test_unknown_names_are_refused():
         surgery.build(shape_like(), dtype="int4")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "tpu", "cuda:-1"])
+def test_a_device_that_is_not_here_is_refused(device: str):
+    with pytest.raises(UnsupportedError, match=rf"device '{device}' cannot be used: torch .* sees \d+ CUDA devices"):
+        surgery.build(shape_like(), device=device)
+
+
 def test_an_unknown_family_is_refused_by_name():
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
 
@@ -283,6 +289,21 @@ def test_a_pruned_model_can_be_trained():
     loss = pruned(PROMPT, labels=PROMPT, use_cache=False).loss
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in pruned.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_surgery_on_a_gpu_stays_there_and_equals_the_mask():
+    shape = shape_like()
+    plan = plan_of(shape, KEEPS["per-layer-width"])
+    dense = built(shape, device="cuda")
+    pruned = surgery.apply(plan, dense)
+    tensors = [*pruned.parameters(), *pruned.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"cuda"}
+    masked = verification.mask(dense, plan)
+    with torch.inference_mode():
+        ids = PROMPT.cuda()
+        assert (pruned(ids).logits - masked(ids).logits).abs().max() < 1e-6
 
 
 def test_mixed_group_sizes_build(tiny_shape: ModelShape):
