@@ -1,0 +1,76 @@
+"""Results into a Report: the pure middle of the package. Nothing is read, drawn or written here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bench import findings
+from bench.report.series import charts
+from bench.report.sources import Origin, combine, describe
+from bench.report.summaries import Grid, grid
+from bench.report.tables import tables
+from bench.report.values import Report, Source
+from bench.store import Results
+from shortllama.evaluation.results import Perplexity, Quality
+
+SIMULATED = "Rows marked simulated come from an analytic model with a virtual clock; no device ran them."
+EMULATED = "Memory budgets are emulated on a device that has more: kernels, cores and bandwidth are its own."
+
+
+def build(
+    results: Sequence[Results], quality: Mapping[str, Quality] | None = None, origins: Sequence[Origin] = ()
+) -> Report:
+    """Return the report on these runs; `quality` is by subject, `origins` is parallel to `results` where given.
+
+    Time and memory grow linearly with the rows.
+    """
+    origins = [*origins, *(Origin(run=r.path.name) for r in results[len(origins) :])]
+    sources: dict[str, Source] = {}
+    for run, origin in zip(results, origins, strict=True):
+        for environment in run.environments.values():
+            sources.setdefault(environment.id, describe(environment, origin))
+    measured = grid(
+        [row for run in results for row in run.measurements],
+        [row for run in results for row in run.frontiers],
+        sources,
+        _perplexities(quality or {}),
+    )
+    first = origins[0]
+    found = findings.findings(measured, findings.Commands(first.suite or "SUITE.toml", first.run or "RUN"))
+    return Report(
+        title=_title(measured, origins),
+        source=combine(list(sources.values()), simulated=any(setting.simulated for setting in measured.groups)),
+        verdict=findings.verdict(measured, found),
+        findings=found,
+        notes=_notes(measured),
+        charts=charts(measured),
+        tables=tables(measured),
+        sources=tuple(sources.values()),
+    )
+
+
+def _perplexities(quality: Mapping[str, Quality]) -> dict[str, dict[str, Perplexity]]:
+    return {subject: dict(result.perplexity) for subject, result in quality.items() if result.perplexity}
+
+
+def _title(measured: Grid, origins: Sequence[Origin]) -> str:
+    """Name the models and the machine: what a reader looks for among many reports."""
+    dense = [measured.labels[s] for s in measured.subjects if s in measured.dense] or [
+        measured.labels[s] for s in measured.subjects[:1]
+    ]
+    names = dense[0] if len(dense) == 1 else f"{dense[0]} and {len(dense) - 1} more"
+    pruned = len(measured.subjects) - len(dense)
+    devices = list(dict.fromkeys(source.device.partition(" · ")[0] for source in measured.sources.values()))
+    where = devices[0] if len(devices) == 1 else f"{len(devices)} devices"
+    simulated = all(setting.simulated for setting in measured.groups)
+    what = f"{names} and {pruned} pruned shape{'' if pruned == 1 else 's'}" if pruned else names
+    return f"{what} on {where}{' (simulated)' if simulated else ''}"
+
+
+def _notes(measured: Grid) -> tuple[str, ...]:
+    notes: list[str] = []
+    if any(setting.simulated for setting in measured.groups):
+        notes.append(SIMULATED)
+    if any(row.row.emulated for row in measured.rows):
+        notes.append(EMULATED)
+    return tuple(notes)

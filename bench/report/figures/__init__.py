@@ -1,0 +1,1 @@
+"""Charts into pictures. The only package that imports matplotlib."""

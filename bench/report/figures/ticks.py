@@ -1,0 +1,56 @@
+"""Where ticks go and which fit. Pure arithmetic over axis limits and label widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+_STEPS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))
+_LINEAR = (1, 2, 2.5, 5)
+
+
+def logarithmic(low: float, high: float, least: int = 4) -> list[float]:
+    """Return round values in [low, high] for a log axis: the coarsest of five sets that has `least` of them.
+
+    Where even the finest has fewer, the axis spans so little that equal steps read better.
+    """
+    for steps in _STEPS:
+        decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        found = [float(f"{step}e{decade}") for decade in decades for step in steps]
+        found = [value for value in found if low <= value <= high]
+        if len(found) >= least:
+            return found
+    return linear(low, high, least)
+
+
+def linear(low: float, high: float, least: int = 4) -> list[float]:
+    """Return at least `least` equally spaced round values in [low, high]."""
+    raw = (high - low) / least
+    decade = 10.0 ** math.floor(math.log10(raw))
+    step = max(m * decade for m in (0.5, *_LINEAR) if m * decade <= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def limits(values: Sequence[float], pad: float = 1.0, least: float = 1.6) -> tuple[float, float]:
+    """Return log-axis limits around positive values: `pad` twelfths of the span at each side, at least `least` apart.
+
+    A span of nothing would blow up noise to the height of the figure.
+    """
+    low, high = math.log(min(values)), math.log(max(values))
+    missing = max(0.0, math.log(least) - (high - low))
+    margin = missing / 2 + pad * (high - low + missing) / 12
+    return math.exp(low - margin), math.exp(high + margin)
+
+
+def thin(positions: Sequence[float], widths: Sequence[float], gap: float) -> list[int]:
+    """Return indices of labels to keep, in order, so that centred labels of these widths stay `gap` apart.
+
+    Every k-th one, for the smallest k that works, so that what remains is regular.
+    """
+    for every in range(1, len(positions) + 1):
+        kept = list(range(0, len(positions), every))
+        if all(abs(positions[b] - positions[a]) >= (widths[a] + widths[b]) / 2 + gap for a, b in pairwise(kept)):
+            return kept
+    return []

@@ -1,0 +1,83 @@
+"""The impure edge of the report: reads runs, draws, and writes one folder, all of it or nothing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import store
+from bench.report import assembly, delimited, markdown
+from bench.report.sources import Origin
+from bench.report.values import Report
+from shortllama import files
+from shortllama.errors import InputError
+from shortllama.evaluation.results import Quality, read_evaluation
+
+MARK = "index.html"
+QUALITY = "quality.json"
+
+
+def write(runs: Sequence[Path], out: Path) -> None:
+    """Write the report on these runs into `out`: index.html, report.md, figures/ and tables/.
+
+    Raises InputError where a run cannot be read or has no rows, and where `out` is not ours; nothing is written then.
+    """
+    if not runs:
+        raise InputError("no run given; name the folder of at least one (see shortllama sweep --out)")
+    files.check_folder(out, MARK)
+    results = [store.read(run) for run in runs]
+    quality: dict[str, Quality] = {}
+    for run in runs:
+        file = store.file_of(run).parent / QUALITY
+        if file.exists():
+            quality |= read_evaluation(file).subjects
+    report = assembly.build(results, quality, [_origin(run) for run in runs])
+    with files.new_folder(out, MARK) as folder:
+        try:
+            _write_all(report, folder)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def _origin(run: Path) -> Origin:
+    """Return what the run's folder says: its suite by name where it is a shipped one, else by the file kept there."""
+    folder = store.file_of(run).parent
+    copies = sorted(folder.glob("*.toml"))
+    if not copies:
+        return Origin(str(run))
+    suite = next((name for name in _shipped() if _same(name, copies[0])), str(copies[0]))
+    return Origin(str(run), suite, shlex.join(["shortllama", "sweep", suite, "--out", "again"]))
+
+
+def _shipped() -> list[str]:
+    return [path.stem for path in sorted((Path(assembly.__file__).parents[1] / "suites").glob("*.toml"))]
+
+
+def _same(name: str, copy: Path) -> bool:
+    """Return whether a copy says what the shipped suite of that name says, comments aside."""
+    from bench import cells
+
+    try:
+        return cells.read_suite(name) == cells.read_suite(str(copy))
+    except InputError:  # an older suite: the run is still worth a report
+        return False
+
+
+def _write_all(report: Report, folder: Path) -> None:
+    from bench.report import html
+    from bench.report.figures.pictures import Picture, render
+
+    figures, tables = folder / "figures", folder / "tables"
+    figures.mkdir()
+    tables.mkdir()
+    pictures: dict[str, Picture] = {}
+    for chart in report.charts:
+        picture = pictures[chart.name] = render(chart)
+        (figures / f"{chart.name}.png").write_bytes(picture.png)
+        (figures / f"{chart.name}.svg").write_text(picture.svg, encoding="utf-8")
+        (figures / f"{chart.name}.csv").write_text(delimited.chart(chart), encoding="utf-8")
+    for table in report.tables:
+        (tables / f"{table.name}.csv").write_text(delimited.table(table), encoding="utf-8")
+    (folder / "report.md").write_text(markdown.render(report), encoding="utf-8")
+    (folder / MARK).write_text(html.render(report, pictures), encoding="utf-8")

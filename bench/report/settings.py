@@ -1,0 +1,46 @@
+"""What a set of cells has in common and what tells them apart, in words. Pure.
+
+Titles of panels say only what differs between neighbours; what is equal everywhere is said once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from bench.report.summaries import Setting
+from bench.report.values import Source
+
+_WORDS = {
+    "runtime": "{}", "dtype": "{}", "attention": "{} attention", "prompt": "prompt {}", "output": "output {}",
+    "budget": "budget {}", "timing": "{} timing",
+}  # fmt: skip
+
+
+def split(settings: Collection[Setting], sources: Mapping[str, Source]) -> tuple[dict[Setting, str], str]:
+    """Return a title for each setting from what differs between them, and the rest as one text.
+
+    The runtime is always in the titles. The careful protocol is the rule and stays unsaid unless it differs.
+    """
+    differing = [name for name in _WORDS if len({getattr(setting, name) for setting in settings}) > 1]
+    if "runtime" not in differing:
+        differing.insert(0, "runtime")
+    several = len({setting.environment for setting in settings}) > 1
+    titles: dict[Setting, str] = {}
+    for setting in settings:
+        words = [word(setting, name) for name in differing if getattr(setting, name) != ""]
+        if setting.simulated:
+            words.insert(1, "simulated")
+        if several:
+            source = sources.get(setting.environment)
+            words.append(f"{source.device.partition(' · ')[0]}, {source.date}" if source else setting.environment)
+        titles[setting] = " · ".join(words)
+    first = next(iter(settings), None)
+    same = [name for name in _WORDS if name not in differing]
+    constant = [word(first, name) for name in same if getattr(first, name) != "careful"] if first else []
+    return titles, " · ".join(text for text in constant if text)
+
+
+def word(setting: Setting, name: str) -> str:
+    """Return one property of a setting in words."""
+    value = getattr(setting, name)
+    return "no memory budget" if name == "budget" and value == "none" else _WORDS[name].format(value)

@@ -1,0 +1,244 @@
+"""Rows of results into summaries and groups: the only place that turns raw samples into statistics. Pure, linear.
+
+A summary is one row of the results. A group is one subject under one setting, batch ascending, where several sessions
+of a cell have become one. Figures, tables and findings all read the Grid built here and never the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+
+import msgspec
+
+from bench import timing
+from bench.cells import Cell
+from bench.measurement import Frontier, Measurement
+from bench.report.quantities import inert
+from bench.report.values import Source
+from bench.timing import Estimate
+from shortllama.evaluation.results import Perplexity
+
+OOM = ("oom", "oom-implied")
+MEASURED = ("ok", "unstable")
+
+
+class Setting(msgspec.Struct, frozen=True, order=True):
+    """All of a cell but its subject and batch, and where it ran. Rows of one setting are compared with each other."""
+
+    environment: str
+    simulated: bool
+    runtime: str
+    dtype: str
+    attention: str
+    prompt: int
+    output: int
+    budget: str
+    timing: str
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """One cell with its statistics (see bench.timing); `speedup` is over the dense subject of the same session."""
+
+    row: Measurement
+    setting: Setting
+    call_s: Estimate | None
+    throughput: Estimate | None
+    peak_bytes: int | None
+    speedup: Estimate | None = None
+
+    @property
+    def cell(self) -> Cell:
+        """The cell."""
+        return self.row.cell
+
+
+class Group(msgspec.Struct, frozen=True):
+    """One subject under one setting. `cells`: one summary a batch, ascending."""
+
+    subject: str
+    setting: Setting
+    cells: tuple[Summary, ...]
+    frontier: Frontier | None = None
+
+    @property
+    def measured(self) -> tuple[Summary, ...]:
+        """The cells with times."""
+        return tuple(cell for cell in self.cells if cell.call_s is not None)
+
+    @property
+    def fits(self) -> int | None:
+        """The largest batch seen to fit."""
+        if self.frontier is not None:
+            return self.frontier.largest_batch
+        return max((c.cell.batch for c in self.cells if c.row.outcome in MEASURED), default=None)
+
+    @property
+    def fails(self) -> int | None:
+        """The smallest batch seen not to fit, above any that fits; None where memory never ended."""
+        above = self.fits or 0
+        seen = [c.cell.batch for c in self.cells if c.row.outcome in OOM]
+        seen += list(self.frontier.fails) if self.frontier is not None else []
+        return min((batch for batch in seen if batch > above), default=None)
+
+
+class Grid(msgspec.Struct, frozen=True):
+    """All that a report draws from. Everything is in order of first appearance, which is the suite's own order.
+
+    `baseline`: the dense subject of each pruned one; `labels`: names short enough for a figure, unique.
+    """
+
+    sources: Mapping[str, Source]
+    rows: tuple[Summary, ...]
+    groups: Mapping[Setting, Mapping[str, Group]]
+    subjects: tuple[str, ...]
+    baseline: Mapping[str, str]
+    labels: Mapping[str, str]
+    parameters: Mapping[str, int]
+    perplexity: Mapping[str, Mapping[str, Perplexity]]
+
+    @property
+    def dense(self) -> frozenset[str]:
+        """Subjects that others are compared with, and models named without a plan."""
+        return frozenset(self.baseline.values()) | {s for s in self.subjects if "/" not in s}
+
+
+def grid(
+    measurements: Sequence[Measurement],
+    frontiers: Sequence[Frontier],
+    sources: Mapping[str, Source],
+    perplexity: Mapping[str, Mapping[str, Perplexity]],
+) -> Grid:
+    """Return the Grid of these rows; time and memory grow linearly with them."""
+    subjects = tuple(dict.fromkeys([m.cell.subject for m in measurements] + [f.cell.subject for f in frontiers]))
+    parameters = {m.cell.subject: m.parameters for m in measurements if m.parameters is not None}
+    baseline = baselines(subjects, parameters)
+    rows = with_speedups([summarise(row) for row in measurements], baseline)
+    return Grid(
+        sources, rows, _groups(rows, frontiers), subjects, baseline, labels(subjects, baseline), parameters, perplexity
+    )
+
+
+def summarise(row: Measurement) -> Summary:
+    """Return the statistics of one row, without a speed-up."""
+    cell, memory = row.cell, row.memory
+    setting = Setting(
+        row.environment, row.simulated, cell.runtime, cell.dtype, cell.attention, cell.prompt, cell.output, cell.budget,
+        row.timing,
+    )  # fmt: skip
+    peaks = (memory.allocated, memory.reserved, memory.device_used)
+    peak = next((value for value in peaks if value is not None), None)
+    if row.outcome not in MEASURED:
+        return Summary(row, setting, None, None, peak)
+    return Summary(row, setting, timing.latency(row), timing.throughput(row), peak)
+
+
+def quotient(above: Estimate, below: Estimate) -> Estimate:
+    """Return above / below for independent estimates, its interval formed on the log scale.
+
+    Zou and Donner's MOVER (Stat. Med. 27, 2008): the distances from each estimate to its own limits add in quadrature,
+    which keeps unequal arms unequal. It knows the noise within a session only. No interval without both.
+    """
+    value, count = above.value / below.value, min(above.count, below.count)
+    if above.low is None or above.high is None or below.low is None or below.high is None or below.low <= 0:
+        return Estimate(value, None, None, count)
+    down = math.hypot(math.log(above.value / above.low), math.log(below.high / below.value))
+    up = math.hypot(math.log(above.high / above.value), math.log(below.value / below.low))
+    return Estimate(value, value * math.exp(-down), value * math.exp(up), count)
+
+
+def baselines(subjects: Sequence[str], parameters: Mapping[str, int]) -> dict[str, str]:
+    """Return the dense subject of each pruned one.
+
+    `A/plan` is compared with `A` where `A` was measured too. A folder whose name tells nothing is compared with the
+    first subject of the run, provided that one is known to be larger.
+    """
+    known = set(subjects)
+    found: dict[str, str] = {}
+    for subject in subjects:
+        prefix = subject
+        while "/" in prefix:
+            prefix = prefix.rsplit("/", 1)[0]
+            if prefix in known:
+                found[subject] = prefix
+                break
+    first = subjects[0] if subjects else ""
+    for subject in subjects:
+        larger = parameters.get(first, 0) > parameters.get(subject, math.inf)
+        if subject not in found and "/" in subject and first not in found and larger:
+            found[subject] = first
+    return found
+
+
+def labels(subjects: Sequence[str], baseline: Mapping[str, str]) -> dict[str, str]:
+    """Return short names: the plan alone where there is only one dense model and no two plans become equal."""
+    short = {s: s for s in subjects}
+    if len(set(baseline.values())) == 1:
+        short = {s: s.removeprefix(f"{baseline[s]}/") if s in baseline else s for s in subjects}
+    if len(set(short.values())) < len(short):
+        short = {s: s for s in subjects}
+    return {subject: inert(label) or "(unnamed)" for subject, label in short.items()}
+
+
+def with_speedups(rows: Iterable[Summary], baseline: Mapping[str, str]) -> tuple[Summary, ...]:
+    """Return the rows with their speed-up over the dense subject, of the same session where it has one."""
+    rows = list(rows)
+    dense = set(baseline.values())
+    by_session: dict[tuple[object, ...], Estimate] = {}
+    by_setting: dict[tuple[object, ...], Estimate] = {}
+    for row in rows:
+        if row.call_s is not None and row.cell.subject in dense:
+            key = (row.cell.subject, row.cell.batch, row.setting)
+            by_session[(*key, row.row.session.id)] = row.call_s
+            by_setting.setdefault(key, row.call_s)
+    done: list[Summary] = []
+    for row in rows:
+        key = (baseline.get(row.cell.subject), row.cell.batch, row.setting)
+        other = by_session.get((*key, row.row.session.id)) or by_setting.get(key)
+        gain = quotient(other, row.call_s) if other and row.call_s else None
+        done.append(msgspec.structs.replace(row, speedup=gain) if gain else row)
+    return tuple(done)
+
+
+def _groups(rows: Sequence[Summary], frontiers: Sequence[Frontier]) -> dict[Setting, dict[str, Group]]:
+    sessions: dict[Setting, dict[str, dict[int, list[Summary]]]] = {}
+    for row in rows:
+        subjects = sessions.setdefault(row.setting, {})
+        subjects.setdefault(row.cell.subject, {}).setdefault(row.cell.batch, []).append(row)
+    limits: dict[tuple[str, bool, Cell], Frontier] = {(f.environment, f.simulated, f.cell): f for f in frontiers}
+    groups: dict[Setting, dict[str, Group]] = {}
+    for setting, subjects in sessions.items():
+        for subject, batches in subjects.items():
+            cells = tuple(merge(batches[batch]) for batch in sorted(batches))
+            limit = limits.pop((setting.environment, setting.simulated, cells[0].cell.group), None)
+            groups.setdefault(setting, {})[subject] = Group(subject, setting, cells, limit)
+    for (environment, simulated, cell), frontier in limits.items():
+        setting = Setting(
+            environment, simulated, cell.runtime, cell.dtype, cell.attention, cell.prompt, cell.output, cell.budget, ""
+        )
+        groups.setdefault(setting, {})[cell.subject] = Group(cell.subject, setting, (), frontier)
+    return groups
+
+
+def merge(sessions: Sequence[Summary]) -> Summary:
+    """Return one summary of a cell's sessions: medians of their estimates, with the range over sessions as interval.
+
+    One process never stands for another, so samples are not pooled. A measured session outranks one that was not.
+    """
+    measured = [session for session in sessions if session.call_s is not None]
+    if len(measured) < 2:
+        return (measured or list(sessions))[-1]
+    peaks = [session.peak_bytes for session in measured if session.peak_bytes is not None]
+    return msgspec.structs.replace(
+        measured[-1],
+        call_s=_spread([session.call_s for session in measured]),
+        throughput=_spread([session.throughput for session in measured]),
+        peak_bytes=max(peaks, default=None),
+        speedup=_spread([session.speedup for session in measured]),
+    )
+
+
+def _spread(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    values = [estimate.value for estimate in estimates if estimate is not None]
+    return Estimate(median(values), min(values), max(values), len(values)) if values else None

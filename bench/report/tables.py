@@ -1,0 +1,209 @@
+"""The tables as data: raw values in SI units with named columns. Pure; one small function a table, listed in TABLES.
+
+Columns that hold one value throughout are said once in the caption and kept in the CSV: on a phone every column counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bench import timing
+from bench.report.sources import combine
+from bench.report.summaries import Grid, Group, Setting, Summary
+from bench.report.values import Column, Table, Value
+from bench.timing import Estimate
+
+_CONTEXT = (
+    Column("subject", "Subject"), Column("runtime", "Runtime"), Column("dtype", "Dtype"),
+    Column("attention", "Attention"), Column("budget", "Budget"), Column("prompt", "Prompt", "integer"),
+    Column("output", "Output", "integer"), Column("device", "Device"),
+)  # fmt: skip
+_ALWAYS = frozenset({"subject", "runtime"})
+
+
+def tables(grid: Grid) -> tuple[Table, ...]:
+    """Return every table that the results hold something for, in the order of TABLES."""
+    made = (build(grid) for build in TABLES)
+    return tuple(table for table in made if table is not None)
+
+
+def subjects(grid: Grid) -> Table | None:
+    """One row a subject and setting: what a decision needs."""
+    groups = [group for by_subject in grid.groups.values() for group in by_subject.values()]
+    batch = min((cell.cell.batch for group in groups for cell in group.measured), default=None)
+    evaluated = list(dict.fromkeys(name for values in grid.perplexity.values() for name in values))
+    columns = (
+        *_CONTEXT,
+        Column("parameters", "Parameters", "parameters"),
+        *(Column(f"perplexity_{name}", f"Perplexity on {name}", "number") for name in evaluated),
+        Column("latency_s", f"Latency at batch {batch}" if batch else "Latency", "s"),
+        Column("speedup", "Speedup", "ratio"),
+        Column("speedup_interval", "95 % interval", "ratio", interval=True),
+        Column("throughput", "Best throughput (tokens/s)", "tokens/s"),
+        Column("throughput_batch", "at batch", "integer"),
+        Column("fits", "Largest batch that fits", "integer"),
+        Column("fails", "Smallest that runs out", "integer"),
+    )
+    rows = [_subject_row(grid, group, batch, evaluated) for group in groups]
+    return (
+        _table("subjects", "Subjects", columns, rows, grid, any(g.setting.simulated for g in groups)) if rows else None
+    )
+
+
+def _subject_row(grid: Grid, group: Group, batch: int | None, evaluated: Sequence[str]) -> tuple[Value, ...]:
+    setting = group.setting
+    first = next((cell for cell in group.measured if cell.cell.batch == batch), None)
+    best = max(group.measured, key=lambda cell: _value(cell.throughput) or 0.0, default=None)
+    quality = grid.perplexity.get(group.subject, {})
+    return (
+        *_context(grid, group.subject, group.setting),
+        grid.parameters.get(group.subject),
+        *(quality[name].perplexity if name in quality else None for name in evaluated),
+        _value(first.call_s) if first else None,
+        _value(first.speedup) if first else None,
+        ends(first.speedup) if first else None,
+        _value(best.throughput) if best else None,
+        best.cell.batch if best else None,
+        group.fits,
+        group.fails,
+        _kind(setting.simulated),
+    )
+
+
+def cells(grid: Grid) -> Table | None:
+    """One row a measurement, in the order of the file."""
+    if not grid.rows:
+        return None
+    columns = (
+        *_CONTEXT,
+        Column("batch", "Batch", "integer"),
+        Column("outcome", "Outcome"),
+        Column("latency_s", "Latency", "s"),
+        Column("latency_interval_s", "95 % interval", "s", interval=True),
+        Column("throughput", "Tokens/s", "tokens/s"),
+        Column("speedup", "Speedup", "ratio"),
+        Column("speedup_interval", "Speed-up interval", "ratio", interval=True),
+        Column("peak_bytes", "Peak memory", "bytes"),
+        Column("predicted_bytes", "Predicted", "bytes"),
+        Column("remark", "Remark"),
+        Column("repeats", "Repeats", "integer"),
+        Column("stop", "Ended by"),
+        Column("regime", "Regime"),
+        Column("parameters", "Parameters", "parameters"),
+        Column("session", "Session"),
+        Column("environment", "Environment"),
+        Column("cell_id", "Cell"),
+        Column("reason", "Reason"),
+    )
+    detail = frozenset({"speedup_interval", "repeats", "stop", "parameters", "environment", "cell_id", "reason"})
+    rows = [_cell_row(grid, row) for row in grid.rows]
+    return _table("cells", "Every cell", columns, rows, grid, any(r.setting.simulated for r in grid.rows), detail)
+
+
+def _cell_row(grid: Grid, summary: Summary) -> tuple[Value, ...]:
+    row, cell = summary.row, summary.cell
+    return (
+        *_context(grid, cell.subject, summary.setting),
+        cell.batch,
+        row.outcome,
+        _value(summary.call_s),
+        ends(summary.call_s),
+        _value(summary.throughput),
+        _value(summary.speedup),
+        ends(summary.speedup),
+        summary.peak_bytes,
+        row.memory.analytic,
+        remark(summary),
+        len(row.samples.call_s),
+        row.stop,
+        row.bounds.regime if row.bounds else None,
+        row.parameters,
+        row.session.id,
+        row.environment,
+        row.cell_id,
+        row.reason,
+        _kind(row.simulated),
+    )
+
+
+def remark(summary: Summary) -> str | None:
+    """Return what a reader must know of a cell beside its numbers, None for nothing."""
+    row = summary.row
+    if row.outcome == "oom-implied":
+        return "a smaller batch ran out of memory"
+    if row.outcome in ("skipped", "failed", "timed-out", "unstable"):
+        return row.reason
+    if timing.is_short(row):
+        return f"{len(row.samples.call_s)} repeats only"
+    return None
+
+
+def quality(grid: Grid) -> Table | None:
+    """Every perplexity with its protocol."""
+    columns = (
+        Column("subject", "Subject"), Column("source", "Text"), Column("perplexity", "Perplexity", "number"),
+        Column("nll", "Mean NLL (nats)", "number"), Column("tokens", "Tokens", "integer"),
+        Column("protocol", "Protocol"), Column("digest", "Digest"),
+    )  # fmt: skip
+    rows = [
+        (subject, name, result.perplexity, result.nll, result.tokens, result.protocol, result.digest)
+        for subject, results in grid.perplexity.items() for name, result in results.items()
+    ]  # fmt: skip
+    if not rows:
+        return None
+    source = combine(list(grid.sources.values()))
+    return Table("perplexities", "Perplexities", columns, tuple(rows), source, hidden=frozenset({"digest"}))
+
+
+TABLES: tuple[Callable[[Grid], Table | None], ...] = (subjects, cells, quality)
+
+
+def _table(
+    name: str, title: str, columns: tuple[Column, ...], rows: Sequence[tuple[Value, ...]], grid: Grid,
+    simulated: bool, detail: frozenset[str] = frozenset(),
+) -> Table:  # fmt: skip
+    """Hide the columns that say nothing here: one value throughout (said in `constant`), or none at all."""
+    columns = (*columns, Column("simulated", "Kind"))
+    values = {column.key: {row[index] for row in rows} for index, column in enumerate(columns)}
+    context = {column.key: column for column in _CONTEXT}
+    same = [k for k in context if len(values[k]) == 1 and k not in _ALWAYS and values[k] != {None}]
+    empty = {key for key, seen in values.items() if seen <= {None, ""}}
+    hidden = detail | empty | set(same)
+    if len(values["simulated"]) == 1 and not simulated:
+        hidden |= {"simulated"}
+    for key in ("regime", "session"):
+        if len(values.get(key, ())) == 1:
+            hidden |= {key}
+    constant = " · ".join(_constant(key, next(iter(values[key]))) for key in same if key != "device")
+    source = combine(list(grid.sources.values()), simulated=simulated)
+    return Table(name, title, columns, tuple(rows), source, constant, frozenset(hidden))
+
+
+def _constant(key: str, value: Value) -> str:
+    if key == "budget" and value == "none":
+        return "no memory budget"
+    return f"{value}" if key == "dtype" else f"{value} attention" if key == "attention" else f"{key} {value}"
+
+
+def _context(grid: Grid, subject: str, setting: Setting) -> tuple[Value, ...]:
+    source = grid.sources.get(setting.environment)
+    device = source.device if source else setting.environment
+    return (
+        subject, setting.runtime, setting.dtype, setting.attention, setting.budget, setting.prompt, setting.output,
+        device,
+    )  # fmt: skip
+
+
+def _kind(simulated: bool) -> str:
+    return "simulated" if simulated else "measured"
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value
+
+
+def ends(estimate: Estimate | None) -> tuple[float, float] | None:
+    """Return the ends of the 95 % interval, None where there is none."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return None
+    return estimate.low, estimate.high

@@ -1,0 +1,30 @@
+"use strict";
+// Makes tables sortable: a button in every heading. Without scripts they are plain tables in the order of the run.
+for (const table of document.querySelectorAll("table")) {
+  const body = table.tBodies[0];
+  const original = [...body.rows];
+  [...table.tHead.rows[0].cells].forEach((heading, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => {
+      const next = { none: "ascending", ascending: "descending", descending: "none" };
+      const order = next[heading.getAttribute("aria-sort") || "none"];
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      if (order !== "none") heading.setAttribute("aria-sort", order);
+      body.append(...(order === "none" ? original : sorted(original, column, order === "ascending" ? 1 : -1)));
+    });
+  });
+}
+
+function sorted(rows, column, sign) {
+  const missing = (cell) => cell.dataset.key === undefined && cell.textContent === "–";
+  const compare = (one, other) => {
+    const a = one.cells[column], b = other.cells[column];
+    if (missing(a) || missing(b)) return missing(a) - missing(b); // last, whatever the order
+    if (a.dataset.key !== undefined && b.dataset.key !== undefined) return sign * (a.dataset.key - b.dataset.key);
+    return sign * a.textContent.localeCompare(b.textContent, undefined, { numeric: true });
+  };
+  return [...rows].sort(compare);
+}
