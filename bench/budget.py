@@ -87,18 +87,19 @@ def available_bytes() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    return min(free, *_cgroup_free()) if _cgroup_free() else free
+    allowed = cgroup_free(Path("/sys/fs/cgroup"))
+    return free if allowed is None else min(free, allowed)
 
 
-def _cgroup_free() -> tuple[int, ...]:
-    """What the control group leaves, as version 2 or 1 tells it; empty where there is no limit."""
+def cgroup_free(root: Path) -> int | None:
+    """Return what the control group mounted at `root` (version 2 or 1) leaves, in bytes; None without a limit."""
     pairs = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
     for limit, used in pairs:
         try:
-            top = Path("/sys/fs/cgroup", limit).read_text().strip()
-            now = Path("/sys/fs/cgroup", used).read_text().strip()
+            top = (root / limit).read_text().strip()
+            now = (root / used).read_text().strip()
         except OSError:
             continue
         if top.isdigit() and int(top) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            return (max(int(top) - int(now), 0),)
-    return ()
+            return max(int(top) - int(now), 0)
+    return None

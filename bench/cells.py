@@ -125,6 +125,8 @@ def check_suite(suite: Suite, where: str) -> None:
                 raise InputError(f"{where}: $.{axis} is empty, so the suite has no cells; give at least one value")
             if len(set(chosen)) != len(chosen):
                 raise InputError(f"{where}: $.{axis} names a value twice")
+    if not batches(suite):
+        raise InputError(f"{where}: $.batch has no value: it begins above its `until`; raise that, or lower `from`")
     for axis, names in allowed.items():
         values = cast("str | tuple[str, ...]", getattr(suite, axis))
         for index, value in enumerate((values,) if isinstance(values, str) else values):

@@ -90,6 +90,16 @@ def prepare(plan: Schedule, texts: tuple[str, ...], run: Path, *, seed: int, thr
     )
 
 
+def check_weights(plan: Schedule) -> None:
+    """Raise InputError for a subject whose weights are missing, cut off or of another shape; reads headers only."""
+    from shortllama import checkpoint
+
+    for subject in {group.subject.name: group.subject for group in plan.groups}.values():
+        place = subject.prune[0] if subject.prune else subject.folder
+        if place and (Path(place) / "config.json").is_file():
+            checkpoint.stored_tensors(Path(place), sources.from_folder(subject.name, Path(place)).shape)
+
+
 def _filled(subject: Subject, run: Path) -> Subject:
     if subject.prune is None:
         return subject

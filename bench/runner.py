@@ -226,7 +226,7 @@ class _Sweep:
                     if index + 1 == len(cells):
                         return
                 else:
-                    verdict = _verdict(message)
+                    verdict = _verdict(message, job.limit_bytes)
                     yield Heard(cells[max(index, 0)], session, verdict=verdict, wall_s=time.perf_counter() - start)
                     if index < 0 and verdict.outcome == "failed":
                         yield from _skipped(cells[1:], f"the subject could not be loaded: {verdict.reason}")
@@ -308,11 +308,13 @@ class _Sweep:
         self.watcher.finished(row)
 
 
-def _verdict(message: worker.Broke | Verdict) -> Verdict:
+def _verdict(message: worker.Broke | Verdict, limit_bytes: int | None) -> Verdict:
     """What a message that ends a child means for the cell it was at."""
     if isinstance(message, Verdict):
         return message
-    return Verdict("oom" if message.oom else "failed", message.text)
+    if message.oom:
+        return Verdict("oom", message.text)
+    return outcomes.classify(message.text, None, None, limit_bytes=limit_bytes)
 
 
 def _skipped(cells: Iterable[Planned], reason: str) -> Iterator[Heard]:

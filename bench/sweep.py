@@ -99,6 +99,7 @@ def measure(
     threads = environment.threads()
     script = msgspec.json.encode(roofline.script_from_environment()).decode()
     settings = runner.Settings(suite, machine, threads, timeout_s or runner.timeout_s(suite.cell_seconds), script)
+    quality.check_weights(plan)
     new = run_folder.open_run(folder, suite, text, resume=resume)
     try:
         with _preparing() as report:

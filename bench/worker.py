@@ -142,6 +142,8 @@ def _set_threads(options: Options) -> None:
 
 def _open_memory_pass(job: Job) -> Callable[[Job, Session], Finished]:
     """Set this process up for probing under a limit (see `budget`): everything but the subject is there before it."""
+    from bench.runtimes import loading
+
     assert job.limit_bytes is not None
     budget.fix_malloc()
     tiny = runtimes.load(job.runtime).open_session(Subject("warm-up", _TINY, "warm-up"), job.options)
@@ -150,6 +152,7 @@ def _open_memory_pass(job: Job) -> Callable[[Job, Session], Finished]:
     tiny.probe()
     tiny.close()
     del tiny
+    loading.warm_up(job.subject)
     budget.settle()
     baseline = budget.resident_bytes()
     budget.limit_data(job.limit_bytes)

@@ -5,6 +5,7 @@ One path for random and real weights, so that a comparison of subjects compares 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,19 @@ def load(subject: Subject, options: Options) -> tuple[PreTrainedModel, Any]:
             f"{subject.shape.parameters:,}; is {subject.folder} the checkpoint it was planned from?"
         )
     return model.eval(), tokenizer
+
+
+def warm_up(subject: Subject) -> None:
+    """Load what loading the subject brings into the process beside its weights: the tokenizer's library, above all.
+
+    Several MiB that no device would hold: a memory pass has them before its baseline. What cannot be loaded is left
+    for `load` to report.
+    """
+    if subject.folder is not None:
+        from transformers import AutoTokenizer
+
+        with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
+            AutoTokenizer.from_pretrained(subject.folder)
 
 
 def random_prompt(vocabulary: int, batch: int, prompt: int, options: Options) -> torch.Tensor:

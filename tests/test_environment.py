@@ -1,0 +1,80 @@
+"""Threads, devices and fingerprints of the machine at hand."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bench import environment
+from shortllama.errors import InputError
+
+
+def test_threads_are_the_cores_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= environment.threads() <= len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment.threads() == 3
+
+
+def test_threads_respect_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert environment.threads() == 1
+
+
+@pytest.mark.parametrize("text", ["0", "two", "-1"])
+def test_a_bad_thread_count_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    with pytest.raises(InputError, match="OMP_NUM_THREADS"):
+        environment.threads()
+
+
+def test_the_fingerprint_tells_threads_and_allocators_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = environment.machine("cpu")
+    one, two = environment.measured(here, 1), environment.measured(here, 2)
+    assert one.id == environment.measured(here, 1).id
+    assert one.id != two.id
+    assert environment.differences(one, two) == "threads: 1 -> 2"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert environment.measured(here, 1).id != one.id
+    assert one.facts["date"] >= "2020"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AMD EPYC 9654 96-Core Processor", "amd-epyc-9654"),
+        ("Intel(R) Xeon(R) CPU E5-2690 v4 @ 2.60GHz", "intel-xeon-e5-2690-v4"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("???", "unknown"),
+    ],
+)
+def test_device_names_become_folder_names(name: str, expected: str) -> None:
+    assert environment.slug(name) == expected
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "rtx3009", "tpu"])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(InputError):
+        environment.machine(name)
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        (None, ["0", "1", "2"]),
+        ("2,0", ["2", "0"]),
+        ("", []),
+        ("-1", []),
+        ("1,9,0", ["1"]),
+        ("GPU-ab,1", ["GPU-ab", "1"]),
+    ],
+)
+def test_visible_devices_are_read_as_cuda_reads_them(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert environment._visible(3) == expected
