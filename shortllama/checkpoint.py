@@ -185,7 +185,7 @@ def write(source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD
     """
     found = sources.from_folder(str(source), source) if isinstance(source, Path) else sources.locate(source)
     check_base(plan, found.shape)
-    _refuse_unwritable(plan)
+    refuse_unwritable(plan)
     folder = sources.fetch(found)
     assert found.config is not None
     if out.exists() and out.resolve() == folder.resolve():
@@ -218,7 +218,8 @@ def save(
     return _write_folder(out, plan, shape, surgery.config_dict(model), planned, companions, shard_bytes)
 
 
-def _refuse_unwritable(plan: Plan) -> None:
+def refuse_unwritable(plan: Plan) -> None:
+    """Raise PlanError for a plan that `write` cannot follow: a blind one, or one with compensation."""
     if plan.blind:
         raise PlanError(
             f"plan of method {plan.method!r} is blind (it reproduces a shape, its indices mean nothing); real weights "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortllama import blind, catalogue, console, criteria, display, files, options, planning, pruning, sources
+from shortllama import blind, catalogue, console, criteria, display, options, planning, pruning, sources
 from shortllama import plan as plans
 from shortllama import scores as score_files
 from shortllama.difference import difference
@@ -189,7 +189,7 @@ def prune(
 
     The result loads in stock transformers wherever one of its classes has the pruned shape.
     """
-    files.check_folder(out, "plan.json")
+    options.check_output_folder(out)
     source = sources.locate(model)
     if source.folder is None:
         raise InputError(f"{model} is a shape without weights; prune a folder, a hub id or 'reference'")
@@ -297,13 +297,15 @@ def _deliver(made: Plan, base: ModelShape, out: Path | None, as_json: bool) -> N
 
 def _write(source: Source, made: Plan, out: Path, as_json: bool) -> None:
     """Show what changes, write the checkpoint, prove it. Raises VerificationError where the proof fails."""
-    plans.check_base(made, source.shape)
-    after = plans.shape_after(source.shape, made.keep)
-    if not as_json:
-        display.show_before_after(source.shape, after)
     from shortllama import checkpoint, verification
 
-    manifest = checkpoint.write(sources.fetch(source), made, out)
+    plans.check_base(made, source.shape)
+    checkpoint.refuse_unwritable(made)
+    folder = sources.fetch(source)
+    checkpoint.stored_tensors(folder, source.shape)
+    if not as_json:
+        display.show_before_after(source.shape, plans.shape_after(source.shape, made.keep))
+    manifest = checkpoint.write(folder, made, out)
     report = verification.verify(out, source.name)
     if as_json:
         console.emit({"folder": str(out), "plan": made, "manifest": manifest, "verification": report})

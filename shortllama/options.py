@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shortllama import criteria, methods
+from shortllama import criteria, files, methods
 from shortllama.errors import InputError
 from shortllama.plan import Target
 
@@ -92,9 +92,21 @@ def check_output_file(path: Path | None) -> None:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give --out a file name")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; create it or give another --out")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written (no permission for {path.parent}); give another --out")
+        raise InputError(f"{path}: there is no folder {path.parent}; create it or give another --out")
+    _check_writable(path, path.parent)
+
+
+def check_output_folder(path: Path) -> None:
+    """Raise InputError where `path` could not become a checkpoint folder of ours, before any long work."""
+    files.check_folder(path, "plan.json")
+    _check_writable(path, next(above for above in path.absolute().parents if above.exists()))
+
+
+def _check_writable(path: Path, above: Path) -> None:
+    if not above.is_dir():
+        raise InputError(f"{path}: {above} is a file; give another --out")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{path}: cannot be written (no permission for {above}); give another --out")
 
 
 def refuse_choice(
