@@ -71,7 +71,7 @@ def test_flap_depends_on_its_seed_alone() -> None:
     assert parse("depth:26", seed=5) == parse("depth:26")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 48), st.integers(1, 2000), st.floats(0.05, 0.95), st.floats(0.05, 0.7), st.integers(0, 9))
 def test_spread_hits_sum_bounds_and_deviation(blocks: int, largest: int, level: float, share: float, seed: int) -> None:
     mean = 1 + level * (largest - 1)

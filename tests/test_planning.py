@@ -216,7 +216,7 @@ def test_a_higher_ratio_never_keeps_more(shape: ModelShape, one: float, other: f
         assert set(kept_neurons(few, block)) <= set(kept_neurons(many, block))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes(), st.booleans(), st.data())
 def test_width_meets_target_params_within_one_step(shape: ModelShape, at_most: bool, data: st.DataObject) -> None:
     wanted = data.draw(st.integers(1, shape.parameters - 1))

@@ -51,7 +51,7 @@ def buildable(draw: st.DrawFn) -> ModelShape:
     return msgspec.structs.replace(shape, hidden=shape.hidden * shape.blocks[0].query_heads, biases=biases)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(buildable())
 def test_parameters_equal_those_of_the_built_model(shape: ModelShape) -> None:
     """MHA, GQA and MQA; tied and untied; Llama with and without biases, Mistral, Qwen2, Qwen3."""
@@ -63,7 +63,7 @@ def test_parameters_of_published_models_equal_those_of_the_built_model(name: str
     assert MODELS[name].parameters == numel(MODELS[name])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(buildable(), st.integers(1, 3), st.integers(1, 6))
 def test_flops_equal_those_counted_in_a_real_forward_pass(shape: ModelShape, batch: int, context: int) -> None:
     """Oracle: torch counts every matrix product of a prefill and of one decode step; rotary tables are no product
@@ -91,7 +91,7 @@ def test_flops_equal_those_counted_in_a_real_forward_pass(shape: ModelShape, bat
     assert prefill == shape.prefill_flops(batch, context) + masked_half
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(buildable(), st.integers(1, 3), st.integers(1, 6))
 def test_kv_bytes_equal_those_of_a_real_cache(shape: ModelShape, batch: int, context: int) -> None:
     import torch
