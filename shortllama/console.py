@@ -26,6 +26,8 @@ ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Run `app` and return its exit code; every expected failure is one line on stderr, a traceback with --debug."""
+    # Before anything loads torch: idle OpenMP threads that spin make a busy small machine many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
