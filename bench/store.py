@@ -51,13 +51,14 @@ def read(path: Path) -> Results:
     file = file_of(path)
     if path.is_dir() and not file.exists():
         raise InputError(f"{path}: holds no {FILE_NAME}; give the folder of a run (see shortllama sweep --out)")
-    rows = _decode(files.read_bytes(file), file)
+    data = files.read_bytes(file)
+    rows = _decode(data, file)
     environments = {row.id: row for row in rows if isinstance(row, Environment)}
     measurements = tuple(row for row in rows if isinstance(row, Measurement))
     frontiers = tuple(row for row in rows if isinstance(row, Frontier))
     if not measurements and not frontiers:
         raise InputError(f"{file}: a run without rows; nothing was measured (sweep again, or with --resume)")
-    _check(rows, environments, file)
+    _check(rows, environments, data, file)
     return Results(file, environments, measurements, frontiers)
 
 
@@ -109,14 +110,18 @@ def _kind(line: bytes) -> Any:
     return {"environment": Environment, "measurement": Measurement, "frontier": Frontier}.get(str(kind), Row)
 
 
-def _check(rows: Iterable[Row], environments: dict[str, Environment], file: Path) -> None:
-    for number, row in enumerate(rows, 1):
+def _check(rows: Iterable[Row], environments: dict[str, Environment], data: bytes, file: Path) -> None:
+    for index, row in enumerate(rows):
         if isinstance(row, Environment):
             continue
+        wrong = None
         if row.environment not in environments:
-            raise InputError(f"{file}: line {number} refers to environment {row.environment!r}, which no line defines")
-        if isinstance(row, Measurement) and row.cell_id != row.cell.id:
-            raise InputError(f"{file}: line {number}: cell_id {row.cell_id!r} is not its cell's, {row.cell.id!r}")
+            wrong = f"environment {row.environment!r} is not defined in this file"
+        elif isinstance(row, Measurement) and row.cell_id != row.cell.id:
+            wrong = f"cell_id {row.cell_id!r} is not its cell's, {row.cell.id!r}"
+        if wrong:
+            written = [number for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+            raise InputError(f"{file}: line {written[index]}: {wrong}; was the file edited or put together by hand?")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ The only clock is the one passed in (a session's own, virtual in a simulation). 
 intervals are computed on read.
 
 Careful mode, for a budget of S seconds a cell (`cell_seconds`):
-- warm-up ends when at least 3 calls and 2 s have passed and the medians of the last two thirds agree within 2 %. It is
-  given up when S (and 3 calls) are spent, or when 3 S are spent: a call as long as that needs no more warming.
+- warm-up ends when at least 3 calls and 2 s have passed and, of the last 60 calls or fewer, the medians of the last
+  third and of the third before agree within 2 %. It is given up when S (and those 3 calls and 2 s) are spent, or when
+  3 S are spent: a call as long as that needs no more warming.
 - repeats end by the first of
   `interval`: at least 10 repeats, and the median's 95 % interval is within 1 % of it to either side on average;
   `flat`: the interval's half-width at 20, 40, 80 repeats is above 0.9 of what it was at half as many (independent
@@ -31,6 +32,7 @@ from bench.runtimes.protocol import Call
 
 WARM_UP_CALLS = 3
 WARM_UP_S = 2.0
+WARM_UP_WINDOW = 60
 FLAT_WARM_UP = 0.02
 LEAST = 10
 SHORTEST = 3
@@ -76,12 +78,12 @@ def is_warm(calls_s: Sequence[float], elapsed_s: float, rule: Rule) -> bool:
         return False
     if elapsed_s >= PATIENCE * rule.seconds:
         return True
-    if len(calls_s) < WARM_UP_CALLS:
+    if len(calls_s) < WARM_UP_CALLS or elapsed_s < WARM_UP_S:
         return False
-    third = len(calls_s) // 3
-    before, last = median(calls_s[-2 * third : -third]), median(calls_s[-third:])
-    flat = abs(last - before) <= FLAT_WARM_UP * before
-    return (flat and elapsed_s >= WARM_UP_S) or elapsed_s >= max(rule.seconds, WARM_UP_S)
+    recent = calls_s[-WARM_UP_WINDOW:]
+    third = len(recent) // 3
+    before, last = median(recent[-2 * third : -third]), median(recent[-third:])
+    return abs(last - before) <= FLAT_WARM_UP * before or elapsed_s >= rule.seconds
 
 
 def stop(calls_s: Sequence[float], elapsed_s: float, rule: Rule) -> str | None:
