@@ -59,7 +59,7 @@ def verdict(grid: Grid, found: Sequence[Finding]) -> str:
     other = len(grid.rows) - outcomes["ok"] - oom
     parts = [f"{outcomes['ok']:,} of {_plural(len(grid.rows), 'cell')} measured"]
     parts += [f"{oom:,} out of memory"] if oom else []
-    parts += [f"{other:,} without a result"] if other else []
+    parts += [f"{other:,} failed, skipped or unstable"] if other else []
     return " ".join([*briefs, f"{', '.join(parts)}." if grid.rows else "Only the ends of memory were searched."])
 
 
@@ -68,7 +68,7 @@ def verdict(grid: Grid, found: Sequence[Finding]) -> str:
 
 def nothing_fits(grid: Grid, commands: Commands) -> list[Finding]:
     """Every cell ran out of memory."""
-    if not grid.rows or any(row.call_s is not None for row in grid.rows):
+    if not grid.rows or any(row.counts for row in grid.rows):
         return []
     least = min(grid.rows, key=lambda row: row.row.memory.analytic or math.inf)
     if not any(row.row.outcome.startswith("oom") for row in grid.rows):
@@ -99,6 +99,21 @@ def fastest(grid: Grid, commands: Commands) -> list[Finding]:
             found.append(Finding("fastest", headline, "", commands.sweep("--out", "again"), "latency-batch"))
     if best_of:
         found[0] = msgspec.structs.replace(found[0], brief=_fastest_brief(grid, best_of))
+    return found
+
+
+def alone(grid: Grid, commands: Commands) -> list[Finding]:
+    """What a single subject does, where there is nothing to compare it with."""
+    if len(grid.subjects) != 1:
+        return []
+    found: list[Finding] = []
+    for setting, groups in _first_per_runtime(grid):
+        cell = _candidates(groups)[0]
+        assert cell.throughput is not None
+        speed = quantities.significant(cell.throughput.value)
+        headline = f"{_name(grid, cell.cell.subject)} in {_runtime(setting)} at {_call(cell)}, {speed} tokens/s."
+        command = commands.sweep("--out", "again")
+        found.append(Finding("alone", headline, "", command, "latency-batch", "" if found else headline))
     return found
 
 
@@ -289,7 +304,7 @@ def trouble(grid: Grid, commands: Commands) -> list[Finding]:
 
 def noise(grid: Grid, commands: Commands) -> list[Finding]:
     """Cells whose interval is too wide to tell small differences."""
-    widths = [(_half_width(row.call_s), row) for row in grid.rows if row.call_s is not None]
+    widths = [(_half_width(row.call_s), row) for row in grid.rows if row.counts]
     wide = [(width, row) for width, row in widths if width is not None and width > NOISY]
     if not wide:
         return []
@@ -303,7 +318,7 @@ def noise(grid: Grid, commands: Commands) -> list[Finding]:
 
 
 RULES: tuple[Callable[[Grid, Commands], list[Finding]], ...] = (
-    nothing_fits, fastest, quality, memory, runtimes, trouble, noise,
+    nothing_fits, alone, fastest, quality, memory, runtimes, trouble, noise,
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def machine(name: str = "AMD EPYC 9254", date: str = "2026-11-22", threads: int 
     versions = {"torch": "2.13.0", "transformers": "5.23.0", "python": "3.11"}
     return environment(
         {"simulated": False, "device": name, "kind": "cpu", "threads": threads, "variables": {}, **versions, **extra},
-        {"date": f"{date}T10:00:00+00:00", "git": "0123abc4567 (changed)", "load": 0.4},
+        {"date": f"{date}T10:00:00+00:00", "commit": "0123abc4567-dirty", "load": 0.4},
     )
 
 

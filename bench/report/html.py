@@ -82,7 +82,11 @@ def _cell(value: Value, column: Column) -> Markup:
     key = value[0] if isinstance(value, tuple) else value
     attributes = Markup("") if key is None or isinstance(key, str) else Markup(' data-key="{}"').format(f"{key:.9g}")
     style = "number" if column.unit != "text" else "long text" if len(text) > LONG else "text"
-    if column.key == "outcome" or (column.key == "simulated" and value == "simulated"):
+    if (
+        column.key == "outcome"
+        or (isinstance(value, str) and column.unit != "text")
+        or (column.key == "simulated" and value == "simulated")
+    ):
         inner = Markup('<span class="tag {}">{}</span>').format(str(value), text)
     else:
         inner = _name(text) if column.unit == "text" else escape(text)

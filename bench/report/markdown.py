@@ -67,9 +67,13 @@ def _table(table: Table) -> str:
     if len(table.rows) > LARGEST_TABLE:
         facts.append(f"the first {LARGEST_TABLE:,} of {len(table.rows):,} rows; the CSV has them all")
     note = " · ".join(escape(fact) for fact in facts if fact)
-    return "\n\n".join([
-        f"### {escape(table.title)}", "\n".join(lines), f"<sub>{note} · [CSV](tables/{table.name}.csv)</sub>",
-    ])  # fmt: skip
+    parts = [
+        f"### {escape(table.title)}",
+        "\n".join(lines),
+        escape(table.caption),
+        f"<sub>{note} · [CSV](tables/{table.name}.csv)</sub>",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _cells(row: Sequence[Value], shown: Sequence[tuple[int, Column]]) -> list[str]:

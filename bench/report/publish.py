@@ -10,6 +10,7 @@ from bench import store
 from bench.report import assembly, delimited, markdown
 from bench.report.sources import Origin
 from bench.report.values import Report
+from bench.run_folder import SUITE
 from shortllama import files
 from shortllama.errors import InputError
 from shortllama.evaluation.results import Quality, read_evaluation
@@ -43,11 +44,11 @@ def write(runs: Sequence[Path], out: Path) -> None:
 def _origin(run: Path) -> Origin:
     """Return what the run's folder says: its suite by name where it is a shipped one, else by the file kept there."""
     folder = store.file_of(run).parent
-    copies = sorted(folder.glob("*.toml"))
-    if not copies:
-        return Origin(str(run))
-    suite = next((name for name in _shipped() if _same(name, copies[0])), str(copies[0]))
-    return Origin(str(run), suite, shlex.join(["shortllama", "sweep", suite, "--out", "again"]))
+    named = folder.name if folder.is_absolute() else str(folder)  # where a machine keeps its files is nobody's business
+    if not (folder / SUITE).is_file():
+        return Origin(named)
+    suite = next((name for name in _shipped() if _same(name, folder / SUITE)), f"{named}/{SUITE}")
+    return Origin(named, suite, shlex.join(["shortllama", "sweep", suite, "--out", "again"]))
 
 
 def _shipped() -> list[str]:

@@ -157,8 +157,8 @@ def _line_chart(
         series = tuple(_series(group, style, point) for group in groups.values() if group.measured)
         if series:
             found[setting] = series
-    if not found:
-        return None
+    if sum(len(one.points) for series in found.values() for one in series) < 2:
+        return None  # one number is no figure
     titles, constant = settings.split(found, grid.sources)
     panels = [Panel(titles[setting], series[:SERIES_LIMIT]) for setting, series in found.items()]
     return _chart(
@@ -241,7 +241,7 @@ def _quality_series(
 def _span(group: Group, style: Style) -> Span:
     fits, fails = group.fits, group.fails
     if fits is None:
-        note = f"{fails:,} runs out, nothing smaller ran"
+        note = f"{fails:,} does not fit"
     elif fails is None:
         note = f"{fits:,} fits, no end seen"
     else:

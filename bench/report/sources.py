@@ -40,7 +40,7 @@ def describe(environment: Environment, origin: Origin) -> Source:
         run=inert(origin.run),
         suite=inert(origin.suite),
         command=origin.command,
-        commit=known.get("git", ""),
+        commit=known.get("commit", ""),
         facts=facts,
     )
 

@@ -7,6 +7,7 @@ of a cell have become one. Figures, tables and findings all read the Grid built 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
@@ -15,6 +16,7 @@ import msgspec
 from bench import timing
 from bench.cells import Cell
 from bench.measurement import Frontier, Measurement
+from bench.report.palette import kind
 from bench.report.quantities import inert
 from bench.report.values import Source
 from bench.timing import Estimate
@@ -49,6 +51,11 @@ class Summary(msgspec.Struct, frozen=True):
     speedup: Estimate | None = None
 
     @property
+    def counts(self) -> bool:
+        """Whether its time may be compared."""
+        return self.call_s is not None and self.row.outcome == "ok"
+
+    @property
     def cell(self) -> Cell:
         """The cell."""
         return self.row.cell
@@ -64,8 +71,8 @@ class Group(msgspec.Struct, frozen=True):
 
     @property
     def measured(self) -> tuple[Summary, ...]:
-        """The cells with times."""
-        return tuple(cell for cell in self.cells if cell.call_s is not None)
+        """The cells whose times count: an unstable cell has some, but nothing is to be read from them."""
+        return tuple(cell for cell in self.cells if cell.counts)
 
     @property
     def fits(self) -> int | None:
@@ -84,7 +91,7 @@ class Group(msgspec.Struct, frozen=True):
 
 
 class Grid(msgspec.Struct, frozen=True):
-    """All that a report draws from. Everything is in order of first appearance, which is the suite's own order.
+    """All that a report draws from. Settings are in order of first appearance, subjects as `ordered` puts them.
 
     `baseline`: the dense subject of each pruned one; `labels`: names short enough for a figure, unique.
     """
@@ -111,13 +118,37 @@ def grid(
     perplexity: Mapping[str, Mapping[str, Perplexity]],
 ) -> Grid:
     """Return the Grid of these rows; time and memory grow linearly with them."""
-    subjects = tuple(dict.fromkeys([m.cell.subject for m in measurements] + [f.cell.subject for f in frontiers]))
+    names = dict.fromkeys([m.cell.subject for m in measurements] + [f.cell.subject for f in frontiers])
     parameters = {m.cell.subject: m.parameters for m in measurements if m.parameters is not None}
-    baseline = baselines(subjects, parameters)
-    rows = with_speedups([summarise(row) for row in measurements], baseline)
+    baseline = baselines(tuple(names), parameters)
+    subjects = ordered(tuple(names), baseline)
+    rows = in_order(with_speedups([summarise(row) for row in measurements], baseline), subjects)
     return Grid(
         sources, rows, _groups(rows, frontiers), subjects, baseline, labels(subjects, baseline), parameters, perplexity
     )
+
+
+def ordered(subjects: Sequence[str], baseline: Mapping[str, str]) -> tuple[str, ...]:
+    """Return dense subjects, then depth-pruned, width-pruned and others, each by name with numbers as numbers.
+
+    A sweep runs its subjects in a seeded order; a report has one order, and so one colour a subject, for all runs.
+    """
+    dense = set(baseline.values()) | {subject for subject in subjects if "/" not in subject}
+    kinds = ("dense", "depth", "width", "other")
+
+    def place(subject: str) -> tuple[int, list[tuple[int, float, str]]]:
+        parts = re.findall(r"\d+(?:\.\d+)?|\D+", subject)
+        natural = [(0, float(part), "") if part[0].isdecimal() else (1, 0.0, part) for part in parts]
+        return kinds.index(kind(subject, subject in dense)), natural
+
+    return tuple(sorted(subjects, key=place))
+
+
+def in_order(rows: Sequence[Summary], subjects: Sequence[str]) -> tuple[Summary, ...]:
+    """Return the rows setting by setting as they first appear, subjects in their order, batch ascending."""
+    settings = {setting: place for place, setting in enumerate(dict.fromkeys(row.setting for row in rows))}
+    places = {subject: place for place, subject in enumerate(subjects)}
+    return tuple(sorted(rows, key=lambda r: (settings[r.setting], places[r.cell.subject], r.cell.batch)))
 
 
 def summarise(row: Measurement) -> Summary:
@@ -188,7 +219,7 @@ def with_speedups(rows: Iterable[Summary], baseline: Mapping[str, str]) -> tuple
     by_session: dict[tuple[object, ...], Estimate] = {}
     by_setting: dict[tuple[object, ...], Estimate] = {}
     for row in rows:
-        if row.call_s is not None and row.cell.subject in dense:
+        if row.call_s is not None and row.counts and row.cell.subject in dense:
             key = (row.cell.subject, row.cell.batch, row.setting)
             by_session[(*key, row.row.session.id)] = row.call_s
             by_setting.setdefault(key, row.call_s)
@@ -196,7 +227,7 @@ def with_speedups(rows: Iterable[Summary], baseline: Mapping[str, str]) -> tuple
     for row in rows:
         key = (baseline.get(row.cell.subject), row.cell.batch, row.setting)
         other = by_session.get((*key, row.row.session.id)) or by_setting.get(key)
-        gain = quotient(other, row.call_s) if other and row.call_s else None
+        gain = quotient(other, row.call_s) if other and row.call_s and row.counts else None
         done.append(msgspec.structs.replace(row, speedup=gain) if gain else row)
     return tuple(done)
 
@@ -226,7 +257,7 @@ def merge(sessions: Sequence[Summary]) -> Summary:
 
     One process never stands for another, so samples are not pooled. A measured session outranks one that was not.
     """
-    measured = [session for session in sessions if session.call_s is not None]
+    measured = [session for session in sessions if session.counts]
     if len(measured) < 2:
         return (measured or list(sessions))[-1]
     peaks = [session.peak_bytes for session in measured if session.peak_bytes is not None]

@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench import timing
+from bench.report.quantities import inert
 from bench.report.sources import combine
 from bench.report.summaries import Grid, Group, Setting, Summary
 from bench.report.values import Column, Table, Value
 from bench.timing import Estimate
 
 _CONTEXT = (
-    Column("subject", "Subject"), Column("runtime", "Runtime"), Column("dtype", "Dtype"),
+    Column("label", "Subject"), Column("subject", "Full name"), Column("runtime", "Runtime"), Column("dtype", "Dtype"),
     Column("attention", "Attention"), Column("budget", "Budget"), Column("prompt", "Prompt", "integer"),
-    Column("output", "Output", "integer"), Column("device", "Device"),
+    Column("output", "Output", "integer"), Column("device", "Device"), Column("source", "Source"),
 )  # fmt: skip
-_ALWAYS = frozenset({"subject", "runtime"})
+_ALWAYS = frozenset({"label", "runtime"})  # shown, and
+_NEVER = frozenset({"subject", "source"})  # in the CSV only, whatever they hold
 
 
 def tables(grid: Grid) -> tuple[Table, ...]:
@@ -36,13 +38,13 @@ def subjects(grid: Grid) -> Table | None:
         *_CONTEXT,
         Column("parameters", "Parameters", "parameters"),
         *(Column(f"perplexity_{name}", f"Perplexity on {name}", "number") for name in evaluated),
-        Column("latency_s", f"Latency at batch {batch}" if batch else "Latency", "s"),
+        Column("latency_s", f"Latency, batch {batch}" if batch else "Latency", "s"),
         Column("speedup", "Speedup", "ratio"),
         Column("speedup_interval", "95 % interval", "ratio", interval=True),
-        Column("throughput", "Best throughput (tokens/s)", "tokens/s"),
+        Column("throughput", "Most tokens/s", "tokens/s"),
         Column("throughput_batch", "at batch", "integer"),
-        Column("fits", "Largest batch that fits", "integer"),
-        Column("fails", "Smallest that runs out", "integer"),
+        Column("fits", "Fits batch", "integer"),
+        Column("fails", "Out at batch", "integer"),
     )
     rows = [_subject_row(grid, group, batch, evaluated) for group in groups]
     return (
@@ -71,13 +73,13 @@ def _subject_row(grid: Grid, group: Group, batch: int | None, evaluated: Sequenc
 
 
 def cells(grid: Grid) -> Table | None:
-    """One row a measurement, in the order of the file."""
+    """One row a measurement. `result` is the latency, or what came of the cell instead."""
     if not grid.rows:
         return None
     columns = (
         *_CONTEXT,
         Column("batch", "Batch", "integer"),
-        Column("outcome", "Outcome"),
+        Column("result", "Latency", "s"),
         Column("latency_s", "Latency", "s"),
         Column("latency_interval_s", "95 % interval", "s", interval=True),
         Column("throughput", "Tokens/s", "tokens/s"),
@@ -85,6 +87,7 @@ def cells(grid: Grid) -> Table | None:
         Column("speedup_interval", "Speed-up interval", "ratio", interval=True),
         Column("peak_bytes", "Peak memory", "bytes"),
         Column("predicted_bytes", "Predicted", "bytes"),
+        Column("outcome", "Outcome"),
         Column("remark", "Remark"),
         Column("repeats", "Repeats", "integer"),
         Column("stop", "Ended by"),
@@ -95,7 +98,9 @@ def cells(grid: Grid) -> Table | None:
         Column("cell_id", "Cell"),
         Column("reason", "Reason"),
     )
-    detail = frozenset({"speedup_interval", "repeats", "stop", "parameters", "environment", "cell_id", "reason"})
+    detail = frozenset(
+        {"latency_s", "speedup_interval", "repeats", "stop", "parameters", "environment", "cell_id", "reason"}
+    )
     rows = [_cell_row(grid, row) for row in grid.rows]
     return _table("cells", "Every cell", columns, rows, grid, any(r.setting.simulated for r in grid.rows), detail)
 
@@ -105,7 +110,7 @@ def _cell_row(grid: Grid, summary: Summary) -> tuple[Value, ...]:
     return (
         *_context(grid, cell.subject, summary.setting),
         cell.batch,
-        row.outcome,
+        row.outcome if summary.call_s is None else summary.call_s.value,
         _value(summary.call_s),
         ends(summary.call_s),
         _value(summary.throughput),
@@ -113,6 +118,7 @@ def _cell_row(grid: Grid, summary: Summary) -> tuple[Value, ...]:
         ends(summary.speedup),
         summary.peak_bytes,
         row.memory.analytic,
+        row.outcome,
         remark(summary),
         len(row.samples.call_s),
         row.stop,
@@ -141,18 +147,19 @@ def remark(summary: Summary) -> str | None:
 def quality(grid: Grid) -> Table | None:
     """Every perplexity with its protocol."""
     columns = (
-        Column("subject", "Subject"), Column("source", "Text"), Column("perplexity", "Perplexity", "number"),
-        Column("nll", "Mean NLL (nats)", "number"), Column("tokens", "Tokens", "integer"),
-        Column("protocol", "Protocol"), Column("digest", "Digest"),
+        Column("label", "Subject"), Column("subject", "Full name"), Column("source", "Text"),
+        Column("perplexity", "Perplexity", "number"), Column("nll", "Mean NLL (nats)", "number"),
+        Column("tokens", "Tokens", "integer"), Column("protocol", "Protocol"), Column("digest", "Digest"),
     )  # fmt: skip
     rows = [
-        (subject, name, result.perplexity, result.nll, result.tokens, result.protocol, result.digest)
-        for subject, results in grid.perplexity.items() for name, result in results.items()
+        (grid.labels.get(subject, inert(subject)), subject, name, one.perplexity, one.nll, one.tokens, one.protocol,
+         one.digest)
+        for subject, results in grid.perplexity.items() for name, one in results.items()
     ]  # fmt: skip
     if not rows:
         return None
     source = combine(list(grid.sources.values()))
-    return Table("perplexities", "Perplexities", columns, tuple(rows), source, hidden=frozenset({"digest"}))
+    return Table("perplexities", "Perplexities", columns, tuple(rows), source, hidden=frozenset({"subject", "digest"}))
 
 
 TABLES: tuple[Callable[[Grid], Table | None], ...] = (subjects, cells, quality)
@@ -166,17 +173,31 @@ def _table(
     columns = (*columns, Column("simulated", "Kind"))
     values = {column.key: {row[index] for row in rows} for index, column in enumerate(columns)}
     context = {column.key: column for column in _CONTEXT}
-    same = [k for k in context if len(values[k]) == 1 and k not in _ALWAYS and values[k] != {None}]
+    same = [k for k in context if len(values[k]) == 1 and k not in _ALWAYS | _NEVER and values[k] != {None}]
     empty = {key for key, seen in values.items() if seen <= {None, ""}}
-    hidden = detail | empty | set(same)
+    hidden = detail | empty | set(same) | _NEVER
     if len(values["simulated"]) == 1 and not simulated:
         hidden |= {"simulated"}
     for key in ("regime", "session"):
         if len(values.get(key, ())) == 1:
             hidden |= {key}
-    constant = " · ".join(_constant(key, next(iter(values[key]))) for key in same if key != "device")
+    facts = [_constant(key, next(iter(values[key]))) for key in same if key != "device"]
+    short = {grid.baseline[s] for s in grid.baseline if grid.labels[s] != inert(s)}
+    facts += [f"all pruned subjects are plans of {inert(name)}" for name in short]
+    constant = " · ".join(facts)
     source = combine(list(grid.sources.values()), simulated=simulated)
-    return Table(name, title, columns, tuple(rows), source, constant, frozenset(hidden))
+    return Table(name, title, columns, tuple(rows), source, constant, frozenset(hidden), _caption(grid))
+
+
+def _caption(grid: Grid) -> str:
+    """Say what the statistics are."""
+    kinds = {setting.timing for setting in grid.groups} - {""}
+    latency = {
+        "careful": "the median of whole calls with its 95\u00a0% interval",
+        "paper": "the mean of 20 whole calls, as the paper reports",
+    }
+    words = " or ".join(text for kind, text in latency.items() if kind in kinds)
+    return f"Latency is {words}. Speedup is over the dense subject at the same batch." if words else ""
 
 
 def _constant(key: str, value: Value) -> str:
@@ -188,9 +209,10 @@ def _constant(key: str, value: Value) -> str:
 def _context(grid: Grid, subject: str, setting: Setting) -> tuple[Value, ...]:
     source = grid.sources.get(setting.environment)
     device = source.device if source else setting.environment
+    line = source.line if source else setting.environment
     return (
-        subject, setting.runtime, setting.dtype, setting.attention, setting.budget, setting.prompt, setting.output,
-        device,
+        grid.labels[subject], subject, setting.runtime, setting.dtype, setting.attention, setting.budget,
+        setting.prompt, setting.output, device, line,
     )  # fmt: skip
 
 

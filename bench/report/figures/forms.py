@@ -49,9 +49,14 @@ def shared_limits(chart: Chart) -> Limits:
     if chart.form == "spans":
         return Limits(ticks.limits(chart.x.values, pad=0.7, least=4), None)
     points = [point for panel in chart.panels for series in panel.series for point in series.points]
+    xs = [x for point in points for x in (point.x, *(point.x_interval or ()))]
     # Room at the left for the names of the diagonals, which stand beside the fastest points.
-    x = ticks.limits([point.x for point in points], pad=1.6 if chart.diagonals else 1.0 if not chart.x.values else 0.6)
-    return Limits(x, None if chart.form == "points" else ticks.limits([point.y for point in points]))
+    x = ticks.limits(xs, pad=1.6 if chart.diagonals else 1.0 if not chart.x.values else 0.6)
+    return Limits(x, None if chart.form == "points" else _heights(points))
+
+
+def _heights(points: Sequence[Point]) -> tuple[float, float]:
+    return ticks.limits([y for point in points for y in (point.y, *(point.y_interval or ()))])
 
 
 def panel(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size, limits: Limits) -> None:
@@ -77,7 +82,7 @@ def _title(sheet: Sheet, panel: Panel, area: Box, size: Size) -> None:
 
 
 def _draw_curves(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size, limits: Limits) -> None:
-    y_limits = limits.y or ticks.limits([point.y for series in panel.series for point in series.points])
+    y_limits = limits.y or _heights([point for series in panel.series for point in series.points])
     y_ticks = ticks.logarithmic(*y_limits)
     y_labels = [quantities.tick(value, chart.y.unit) for value in y_ticks]
     left = area.left + max(measure(label, size.font - 1) for label in y_labels) + 9

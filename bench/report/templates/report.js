@@ -19,7 +19,7 @@ for (const table of document.querySelectorAll("table")) {
 }
 
 function sorted(rows, column, sign) {
-  const missing = (cell) => cell.dataset.key === undefined && cell.textContent === "–";
+  const missing = (cell) => cell.dataset.key === undefined && (cell.matches(".number") || cell.textContent === "–");
   const compare = (one, other) => {
     const a = one.cells[column], b = other.cells[column];
     if (missing(a) || missing(b)) return missing(a) - missing(b); // last, whatever the order
