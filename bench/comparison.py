@@ -174,11 +174,13 @@ def _differing(
 ) -> tuple[str, ...]:
     """Return each field that differs between the environments of a pair, with both values."""
     met = {
-        tuple(sorted({row.environment for row in (*pair.base, *pair.head)})) for pair in pairs if not pair.comparable
+        tuple(dict.fromkeys(row.environment for row in (*pair.base, *pair.head))): None
+        for pair in pairs
+        if not pair.comparable
     }
     fields: dict[str, None] = {}
-    for ids in sorted(met):
-        first, *others = ((base.get(one) or head[one]).fingerprint for one in sorted(ids, key=lambda i: i not in base))
+    for ids in met:
+        first, *others = ((base.get(one) or head[one]).fingerprint for one in ids)
         for other in others:
             for key in sorted(first.keys() | other.keys()):
                 if first.get(key) != other.get(key):
