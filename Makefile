@@ -1,8 +1,9 @@
 # `make report` and `make test` set up everything they need in .venv; a second run re-installs nothing.
-# Works from any folder: make -C path/to/shortllama report
+# Works from any folder: make -C path/to/shortllama report, or make -f path/to/shortllama/Makefile report
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV := .venv
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
@@ -11,26 +12,26 @@ export OMP_WAIT_POLICY := passive
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	cd $(ROOT) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 report: setup
-	$(BIN)/python -m bench.quick
+	cd $(ROOT) && $(BIN)/python -m bench.quick
 
 test: setup
-	$(BIN)/python -m pytest
+	cd $(ROOT) && $(BIN)/python -m pytest
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	$(BIN)/lint-imports
+	cd $(ROOT) && $(BIN)/ruff check .
+	cd $(ROOT) && $(BIN)/ruff format --check .
+	cd $(ROOT) && $(BIN)/pyright
+	cd $(ROOT) && $(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m pytest --benchmark-only tests/perf
+	cd $(ROOT) && $(BIN)/python -m pytest --benchmark-only tests/perf
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info
