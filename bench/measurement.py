@@ -51,7 +51,7 @@ class SessionId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Samples(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds. `call_s`: one per repeat, host clock around the synchronised call; `device_s`: the same by device
     events (empty where there are none); `prefill_s`: time to the first token, one per repeat; `step_s`: one median
-    over repeats per output position after the first (L - 1 values)."""
+    over repeats per output position after the first (L - 1 values; above 256, means over runs of neighbours)."""
 
     call_s: tuple[float, ...] = ()
     prefill_s: tuple[float, ...] = ()

@@ -321,6 +321,16 @@ def test_the_largest_batch_gates_exactly() -> None:
     assert exit_code(compare(*sides, {"largest-batch": 0.02})) == 0
 
 
+@pytest.mark.parametrize(("simulated", "compared"), [(True, 1), (False, 0)])
+def test_largest_batches_of_two_machines_are_compared_only_if_simulated(simulated: bool, compared: int) -> None:
+    shared = row(cell(), [1.0] * 6, simulated=simulated)
+    sides = [
+        results(shared, frontiers=[Frontier(cell().group, where.id, size, simulated)])
+        for where, size in ((HERE, 100), (THERE, 99))
+    ]
+    assert sum(change.metric == "largest-batch" for change in compare(*sides).changes) == compared
+
+
 # -- simulated rows ---------------------------------------------------------------------------------------------------
 
 

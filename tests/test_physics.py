@@ -42,8 +42,9 @@ def test_the_closed_form_equals_the_sum_over_steps(
     assert physics.steps_s(cost, 1.0, rate, batch, prompt, output) == pytest.approx(brute, rel=1e-9, abs=1e-9)
 
 
-def test_the_bounds_do_cross_within_a_call() -> None:
-    """A shape for which attention FLOPs overtake the bytes: else the property above would prove little."""
+@pytest.mark.parametrize("output", [1, 2, 30, 60, 90, 120, 300])
+def test_the_closed_form_holds_where_the_bounds_cross(output: int) -> None:
+    """A shape whose attention FLOPs overtake the bytes within the call, which few random ones do."""
     shape = ModelShape.uniform(
         vocabulary=8, hidden=8, head_dim=8, blocks=1, query_heads=8, kv_heads=1, neurons=8, tied=True
     )
@@ -51,6 +52,8 @@ def test_the_bounds_do_cross_within_a_call() -> None:
     first, last = (physics.step_s(cost, 1.0, 4.0, 1, context) for context in (1, 200))
     assert first[0] > first[1]
     assert last[0] < last[1]
+    brute = sum(max(physics.step_s(cost, 1.0, 4.0, 1, 1 + i)) for i in range(output - 1))
+    assert physics.steps_s(cost, 1.0, 4.0, 1, 1, output) == pytest.approx(brute)
 
 
 @pytest.mark.parametrize(
