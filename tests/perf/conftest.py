@@ -7,7 +7,10 @@ tests nor on a busy machine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 
 import pytest
 
@@ -21,3 +24,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def timed(pytestconfig: pytest.Config) -> bool:
+    """Whether times count; with --benchmark-disable everything runs once and no limit is checked."""
+    return not pytestconfig.getoption("benchmark_disable")
+
+
+@pytest.fixture
+def interleaved(timed: bool) -> Callable[..., tuple[list[float], list[float]]]:
+    """Return run(a, b, pairs) -> seconds of each, measured in turn (ABBA) in this process, so that drift hits both."""
+
+    def run(a: Callable[[], object], b: Callable[[], object], pairs: int) -> tuple[list[float], list[float]]:
+        times: tuple[list[float], list[float]] = ([], [])
+        for pair in range(pairs if timed else 1):
+            for which in (0, 1) if pair % 2 else (1, 0):
+                start = perf_counter()
+                (a, b)[which]()
+                times[which].append(perf_counter() - start)
+        return times
+
+    return run
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """The ratio of medians, a to b."""
+    return median(a) / median(b)
