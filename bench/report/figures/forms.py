@@ -93,7 +93,7 @@ def _draw_curves(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size
     axes = sheet.axes(frame)
     axes.set(xscale="log", yscale="log", xlim=limits.x, ylim=y_limits)
     _upright(axes, y_ticks, y_labels, size)
-    _level(sheet, axes, chart.x, frame, limits.x, size)
+    _level(sheet, axes, chart.x, frame, area, limits.x, size)
     if chart.diagonals:
         _draw_diagonals(sheet, axes, panel, frame, size, limits.x)
     for rank, series in reversed(list(enumerate(panel.series))):
@@ -111,15 +111,19 @@ def _upright(axes: Axes, values: Sequence[float], labels: Sequence[str], size: S
     axes.set_axisbelow(True)
 
 
-def _level(sheet: Sheet, axes: Axes, axis: Axis, frame: Box, limits: tuple[float, float], size: Size) -> None:
+def _level(
+    sheet: Sheet, axes: Axes, axis: Axis, frame: Box, area: Box, limits: tuple[float, float], size: Size
+) -> None:
     """Put ticks where they have a meaning (batches that were measured) or are round, as many as fit."""
     values = [v for v in axis.values if limits[0] <= v <= limits[1]] or ticks.logarithmic(*limits)
-    labels = [quantities.tick(value, axis.unit) for value in values]
-    places = [axes.transData.transform((value, 1.0))[0] for value in values]
-    kept = ticks.thin(places, [measure(label, size.font - 1) for label in labels], 8)
+    labels = {value: quantities.tick(value, axis.unit) for value in values}
+    widths = {value: measure(label, size.font - 1) for value, label in labels.items()}
+    places = {value: float(axes.transData.transform((value, 1.0))[0]) for value in values}
+    values = [v for v in values if area.left <= places[v] - widths[v] / 2 and places[v] + widths[v] / 2 <= area.right]
+    kept = [values[i] for i in ticks.thin([places[v] for v in values], [widths[v] for v in values], 8)]
     axes.xaxis.set(
-        major_locator=FixedLocator([values[i] for i in kept]), minor_locator=NullLocator(),
-        major_formatter=FixedFormatter([labels[i] for i in kept]),
+        major_locator=FixedLocator(kept), minor_locator=NullLocator(),
+        major_formatter=FixedFormatter([labels[value] for value in kept]),
     )  # fmt: skip
     axes.tick_params(
         axis="x", length=4, color=LIGHT["guide"], pad=4, labelsize=size.font - 1, labelcolor=LIGHT["muted"]
@@ -262,7 +266,7 @@ def _draw_spans(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size,
     axes = sheet.axes(frame)
     axes.set(xscale="log", xlim=limits.x, ylim=(0, 1))
     axes.yaxis.set_visible(False)
-    _level(sheet, axes, chart.x, frame, limits.x, size)
+    _level(sheet, axes, chart.x, frame, area, limits.x, size)
     rules = [float(axes.transData.transform((value, 0.5))[0]) for value in axes.xaxis.get_majorticklocs()]
     for index, span in enumerate(panel.spans):
         base = frame.top - ROW * index

@@ -29,8 +29,8 @@ def linear(low: float, high: float, least: int = 4) -> list[float]:
     raw = (high - low) / least
     decade = 10.0 ** math.floor(math.log10(raw))
     step = max(m * decade for m in (0.5, *_LINEAR) if m * decade <= raw)
-    first = math.ceil(low / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    values = [float(f"{i * step:.12g}") for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return [value for value in values if low <= value <= high]
 
 
 def limits(values: Sequence[float], pad: float = 1.0, least: float = 1.6) -> tuple[float, float]:
