@@ -188,8 +188,7 @@ def write(source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD
     refuse_unwritable(plan)
     folder = sources.fetch(found)
     assert found.config is not None
-    if out.exists() and out.resolve() == folder.resolve():
-        raise InputError(f"{out}: is the source itself; give another --out")
+    refuse_own_folder(out, folder)
     stored = stored_tensors(folder, found.shape)
     after = shape_after(found.shape, plan.keep)
     dimensions, taken = layout.tensors(after), layout.slices(found.shape, plan.keep)
@@ -218,6 +217,12 @@ def save(
     return _write_folder(out, plan, shape, surgery.config_dict(model), planned, companions, shard_bytes)
 
 
+def refuse_own_folder(out: Path, source: Path) -> None:
+    """Raise InputError where the folder to write is the one that is read."""
+    if out.exists() and out.resolve() == source.resolve():
+        raise InputError(f"{out}: is the source itself; give another --out")
+
+
 def refuse_unwritable(plan: Plan) -> None:
     """Raise PlanError for a plan that `write` cannot follow: a blind one, or one with compensation."""
     if plan.blind:
@@ -243,7 +248,7 @@ def _write_folder(
 ) -> Manifest:
     dtype = tensorfile.DTYPES[max(planned, key=lambda one: one.size).code]
     stock = configs.stock_config(config, shape)
-    final = _finished(stock or configs.own_config(config, shape), dtype)
+    final = configs.finished(stock or configs.own_config(config, shape), dtype)
     with files.new_folder(out, MARK) as folder:
         weights = tensorfile.write_folder(folder, planned, shard_bytes)
         manifest = Manifest(
@@ -256,20 +261,13 @@ def _write_folder(
             base_shape_digest=plan.base.shape_digest,
             plan_digest=plan.digest(),
             weights=weights,
-            companions=_copy_companions(companions, folder) if companions else {},
-            version=_version(),
+            companions=copy_companions(companions, folder) if companions else {},
+            version=package_version(),
         )
         files.write_atomically(folder / "config.json", files.encode_json(final))
         files.write_atomically(folder / MANIFEST, files.encode_json(manifest))
         write_plan(folder / MARK, plan)
     return manifest
-
-
-def _finished(config: configs.Config, dtype: str) -> configs.Config:
-    """Return a config as it is written: with its dtype under today's name, without the path it was loaded from."""
-    kept = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
-    base = {"base": _finished(config["base"], dtype)} if "base" in config else {}
-    return {**kept, **base, "dtype": dtype}
 
 
 def _raw(tensor: Tensor) -> Iterator[memoryview]:
@@ -281,7 +279,8 @@ def _raw(tensor: Tensor) -> Iterator[memoryview]:
         yield part.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def _copy_companions(source: Path, folder: Path) -> dict[str, str]:
+def copy_companions(source: Path, folder: Path) -> dict[str, str]:
+    """Copy what belongs to a model beside config and weights; returns the SHA-256 of each file by name."""
     digests: dict[str, str] = {}
     for path in _companions(source):
         name = path.relative_to(source).as_posix()
@@ -299,7 +298,8 @@ def _companions(source: Path) -> Iterable[Path]:
     return sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Return this package's version."""
     from importlib.metadata import version
 
     return version("shortllama")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortllama import blind, catalogue, console, criteria, display, options, planning, pruning, sources
+from shortllama import blind, catalogue, console, criteria, display, exporting, options, planning, pruning, sources
 from shortllama import plan as plans
 from shortllama import scores as score_files
 from shortllama.difference import difference
@@ -223,6 +223,37 @@ def verify(
     else:
         display.show_report(report)
     _require(report)
+
+
+@app.command(epilog="Example: shortllama export pruned --to padded --out uniform")
+def export(
+    model: options.Model,
+    to: Annotated[
+        str,
+        typer.Option(metavar="FORM", help="padded (uniform, for stock transformers) or gguf (for llama.cpp)."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to write; only an older export is replaced.", show_default=False)
+    ],
+    as_json: options.Json = False,
+) -> None:
+    """Write a checkpoint in another form that computes the same, for software that cannot take its shape."""
+    exporting.check_form(to)
+    options.check_output_folder(out, exporting.MARK)
+    record = exporting.export(model, to, out)
+    report = None
+    if to == "padded":
+        from shortllama import verification
+
+        report = verification.verify_padded(out, model)
+    if as_json:
+        console.emit({"folder": str(out), "export": record, "verification": report})
+    else:
+        display.show_export(str(out), record)
+        if report is not None:
+            display.show_report(report)
+    if report is not None:
+        _require(report)
 
 
 @app.command("eval", epilog="Example: shortllama eval pruned --ppl wikitext2 --ppl book.txt --out quality.json")

@@ -25,6 +25,18 @@ OWN_MODEL_TYPE = "shortllama"
 # the family. Our loader builds that family's class, so that a pruned model and its base run the same code.
 FAMILY_KEY = "shortllama_family"
 
+# In such a config: the biases, where the model type groups them otherwise than the family does.
+BIASES_KEY = "shortllama_biases"
+
+# Stock classes that run the mathematics of a Llama at any head count, and the biases that each has only together.
+FOREIGN_BIASES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "mistral": (),
+    "seed_oss": (("q", "k", "v"), ("o",), ("gate", "up", "down")),
+}
+_FOREIGN_ARCHITECTURES = {"mistral": "MistralForCausalLM", "seed_oss": "SeedOssForCausalLM"}
+_SEED_OSS_SWITCHES = ("attention_bias", "attention_out_bias", "mlp_bias")
+_LLAMA_LIKE = ("llama", "mistral", "qwen2")
+
 Config = dict[str, Any]
 
 
@@ -114,6 +126,8 @@ def _field(config: Config, family: Family, name: str) -> Any:
 
 
 def _biases(config: Config, family: Family) -> tuple[str, ...]:
+    if BIASES_KEY in config:
+        return tuple(config[BIASES_KEY])
     switched = [name for field, names in family.bias_switches.items() if config.get(field) for name in names]
     return tuple(dict.fromkeys((*family.biases, *switched)))
 
@@ -171,7 +185,8 @@ def skeleton_config(config: Config, shape: ModelShape) -> Config:
     if exact is not None:
         return exact
     legal = {**copy.deepcopy(config), "model_type": shape.family, "head_dim": shape.head_dim}
-    legal.pop(FAMILY_KEY, None)
+    for name in (FAMILY_KEY, BIASES_KEY):
+        legal.pop(name, None)
     if not _accepts_heads(lookup(shape.family), shape.hidden, int(legal["num_attention_heads"])):
         legal |= {"num_attention_heads": _legal_heads(shape), "num_key_value_heads": _legal_heads(shape)}
     return legal
@@ -180,22 +195,48 @@ def skeleton_config(config: Config, shape: ModelShape) -> Config:
 def stock_config(config: Config, shape: ModelShape) -> Config | None:
     """Return the config with which a stock class loads weights of `shape`, or None where none can express it.
 
-    Of the base's family where its class accepts the sizes, else `mistral` (which runs the same mathematics as a Llama
-    without biases or window, and takes any head count), marked with the family our own loader uses.
+    Of the base's family where its class accepts the sizes, else a class that runs the same mathematics and takes any
+    head count (`mistral` without biases, `seed_oss` with them), marked with the family that our own loader uses.
     """
     exact = _same_family(config, shape)
-    if exact is not None or not _is_plain(shape) or shape.family != "llama" or shape.biases:
+    if exact is not None or not _is_plain(shape) or shape.family not in _LLAMA_LIKE or has_window(config):
         return exact
-    foreign = ("attention_bias", "mlp_bias", "pretraining_tp")
-    kept = {name: copy.deepcopy(value) for name, value in config.items() if name not in foreign}
+    for model_type, groups in FOREIGN_BIASES.items():
+        present = [set(names) <= set(shape.biases) for names in groups]
+        grouped = {name for names, here in zip(groups, present, strict=True) if here for name in names}
+        if grouped == set(shape.biases):
+            return _foreign(config, shape, model_type, present)
+    return None
+
+
+def _foreign(config: Config, shape: ModelShape, model_type: str, present: list[bool]) -> Config:
+    """Return the config of `shape` as `model_type`, with the bias groups that are `present`."""
+    dropped = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "use_sliding_window", "max_window_layers")
+    kept = {name: copy.deepcopy(value) for name, value in config.items() if name not in dropped}
+    seed_oss = {
+        "residual_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **dict(zip(_SEED_OSS_SWITCHES, present, strict=False)),
+    }
     return {
         **kept,
         **_sizes(shape, shape.blocks[0]),
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
+        **(seed_oss if model_type == "seed_oss" else {}),
         "sliding_window": None,
+        "model_type": model_type,
+        "architectures": [_FOREIGN_ARCHITECTURES[model_type]],
         FAMILY_KEY: shape.family,
+        **({BIASES_KEY: list(shape.biases)} if shape.biases else {}),
     }
+
+
+def has_window(config: Config) -> bool:
+    """Whether any block of a model attends to less than everything before it."""
+    kinds = layer_types(config)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    family = family_of(config)
+    return family.model_type == "mistral" and bool(_field(config, family, "sliding_window"))
 
 
 def own_config(config: Config, shape: ModelShape) -> Config:
@@ -207,6 +248,13 @@ def own_config(config: Config, shape: ModelShape) -> Config:
         "biases": list(shape.biases),
     }
     return own | {name: config[name] for name in ("dtype",) if name in config}
+
+
+def finished(config: Config, dtype: str) -> Config:
+    """Return a config as it is written: with its dtype under today's name, without the path it was loaded from."""
+    kept = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
+    base = {"base": finished(config["base"], dtype)} if "base" in config else {}
+    return {**kept, **base, "dtype": dtype}
 
 
 def base_config(config: Config) -> Config:
@@ -223,6 +271,9 @@ def _same_family(config: Config, shape: ModelShape) -> Config | None:
     family = lookup(shape.family)
     exact = {**copy.deepcopy(config), **(_sizes(shape, shape.blocks[0]) if shape.blocks else {})}
     exact["model_type"] = shape.family
+    for field, names in family.bias_switches.items():
+        if bool(exact.get(field)) != (set(names) <= set(shape.biases)):
+            exact[field] = not exact.get(field)
     expressible = (
         _is_plain(shape)
         and config.get("model_type") == shape.family

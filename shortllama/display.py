@@ -19,6 +19,7 @@ from shortllama.scores import Scores
 from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:
+    from shortllama.exporting import Export
     from shortllama.verification import Report
 
 # Context at which a decode step is priced: the paper's prompt of 12 tokens and half of its 128 new ones.
@@ -241,6 +242,18 @@ def show_evaluation(evaluation: Evaluation) -> None:
         for source, result in quality.perplexity.items()
     ]
     table(("model ", "text ", "perplexity", "nats a token", "protocol "), rows)
+
+
+def show_export(folder: str, record: Export) -> None:
+    """Print what an export is and what its form costs beside the folder it was made from."""
+    before, after = record.source_parameters, record.parameters
+    rows = [
+        ("parameters", count(before), count(after), _change(before, after)),
+        _row("KV cache a token", record.source_kv_bytes_per_token, record.kv_bytes_per_token),
+    ]
+    reader = "llama.cpp" if record.form == "gguf" else "stock transformers"
+    title = f"{folder}: {', '.join(record.weights)}, {record.dtype}, for {reader} as {record.architecture}"
+    table(("", "before", "after", "change"), rows, title=title)
 
 
 def show_report(report: Report) -> None:

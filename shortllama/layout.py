@@ -80,7 +80,7 @@ def slices(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> dict[str, Slice]:
         per_group = block.query_heads // block.kv_heads if block.kv_heads else 0
         left = BlockShape(groups * per_group, groups, neurons)
         for name in _block_tensors(family, shape, left):
-            rows, columns = _axes_of(family, name, axes)
+            rows, columns = axes_of(family, name, axes)
             found[f"{family.blocks}.{index}.{name}"] = Slice(f"{family.blocks}.{one.index}.{name}", rows, columns)
     return found
 
@@ -112,9 +112,10 @@ _AXES: dict[str, tuple[str | None, str | None]] = {
 }
 
 
-def _axes_of(
+def axes_of(
     family: Family, name: str, axes: dict[str, tuple[int, ...] | None]
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Return which of `axes` the rows and columns of a block's tensor run along; None for any other axis."""
     for short, path in family.projections.items():
         if name.startswith(f"{path}."):
             rows, columns = (axes[axis] if axis else None for axis in _AXES[short])

@@ -96,9 +96,9 @@ def check_output_file(path: Path | None) -> None:
     _check_writable(path, path.parent)
 
 
-def check_output_folder(path: Path) -> None:
-    """Raise InputError where `path` could not become a checkpoint folder of ours, before any long work."""
-    files.check_folder(path, "plan.json")
+def check_output_folder(path: Path, mark: str = "plan.json") -> None:
+    """Raise InputError where `path` could not become a folder of ours, marked by `mark`, before any long work."""
+    files.check_folder(path, mark)
     _check_writable(path, next(above for above in path.absolute().parents if above.exists()))
 
 

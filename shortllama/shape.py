@@ -69,6 +69,8 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise InputError(f"biases {sorted(unknown)} are unknown; choose among {', '.join(BIASES)}")
         if min(self.vocabulary, self.hidden, self.head_dim) < 1:
             raise InputError("vocabulary, hidden and head_dim must be at least 1")
+        # One order, however they were found: equal shapes have equal digests.
+        msgspec.structs.force_setattr(self, "biases", tuple(name for name in BIASES if name in self.biases))
 
     @classmethod
     def uniform(

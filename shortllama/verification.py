@@ -20,6 +20,8 @@ import msgspec
 
 from shortllama import checkpoint, configs, files, sources, stock_reload, tensorfile
 from shortllama.errors import InputError, UnsupportedError
+from shortllama.exporting import MARK as EXPORT_MARK
+from shortllama.exporting import Export
 from shortllama.families import Adapter, adapter
 from shortllama.plan import BlockKeep, Plan, check_base, kept_groups, kept_neurons, read_plan, shape_after
 from shortllama.shape import BlockShape, ModelShape
@@ -112,19 +114,30 @@ def _plan_for(folder: Path, against: str | Path | None) -> Plan | None:
     return plan
 
 
+def verify_padded(folder: Path, source: str | Path) -> Report:
+    """Return what `verify` shows of a padded export, and whether it computes what the folder it was made from does."""
+    report = verify(folder)
+    origin = sources.from_folder(str(source), source) if isinstance(source, Path) else sources.locate(source)
+    prompt = random.Random(0).choices(range(origin.shape.vocabulary), k=PROMPT_TOKENS)
+    own, other = _own_outputs(folder, prompt, "cpu"), _own_outputs(sources.fetch(origin), prompt, "cpu")
+    same = _compare("the folder it was made from", own, other)
+    return msgspec.structs.replace(report, checks=(*report.checks, same))
+
+
 def _recorded(folder: Path, shape: ModelShape) -> list[Check]:
-    """Compare the folder with its manifest, where it has one."""
-    if not (folder / checkpoint.MANIFEST).is_file():
+    """Compare the folder with its manifest, or the record of an export, where it has one."""
+    records = {checkpoint.MANIFEST: checkpoint.Manifest, EXPORT_MARK: Export}
+    file = next((folder / name for name in records if (folder / name).is_file()), None)
+    if file is None:
         return []
-    file = folder / checkpoint.MANIFEST
-    manifest = files.decode_json(files.read_bytes(file), checkpoint.Manifest, str(file))
-    recorded = {**manifest.weights, **manifest.companions}
+    record = files.decode_json(files.read_bytes(file), records[file.name], str(file))
+    recorded = {**record.weights, **record.companions}
     changed = [name for name, digest in recorded.items() if tensorfile.digest_of(folder / name) != digest]
     seen = f"changed since written: {', '.join(changed)}" if changed else f"{len(recorded)} files as written"
-    same = manifest.shape_digest == shape.digest()
+    same = record.shape_digest == shape.digest()
     return [
         Check("files", not changed, seen),
-        Check("shape", same, "as recorded" if same else "config.json says another shape than the manifest"),
+        Check("shape", same, "as recorded" if same else "config.json says another shape than its record"),
     ]
 
 

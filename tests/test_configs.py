@@ -119,7 +119,10 @@ def test_an_attention_between_kinds_cannot_be_removed_alone():
         (uniform(6, 3), "llama"),
         (uniform(4, 2, 11), "llama"),
         (uniform(5, 5), "mistral"),  # 48 is not a multiple of 5: LlamaConfig refuses
-        (uniform(5, 5, biases=("q", "k", "v", "o")), None),  # mistral has no biases
+        (uniform(5, 5, biases=("q", "k", "v", "o")), "seed_oss"),  # mistral has no biases
+        (uniform(5, 5, biases=("o", "gate", "up", "down")), "seed_oss"),
+        (uniform(6, 3, biases=("q", "k", "v", "o", "gate", "up", "down")), "llama"),
+        (uniform(6, 3, biases=("o", "down")), None),  # no class has a bias on down alone
         (uniform(5, 5, family="qwen2", biases=("q", "k", "v")), "qwen2"),
         (uniform(5, 5, family="qwen3", qk_norm=True), "qwen3"),
         (uniform(0, 0), None),

@@ -1,0 +1,116 @@
+"""A byte-fallback BPE tokenizer.json as the SentencePiece vocabulary of a GGUF file. Pure: a dict in, lists out.
+
+llama.cpp's tokenizer "llama" (SPM) joins the adjacent pair whose joined token has the highest score; a BPE joins the
+pair of the lowest rank. With minus the rank as the score both do the same, where every way to split a token is a
+merge, as in tokenizers converted from SentencePiece.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from shortllama.errors import UnsupportedError
+
+# llama.cpp's token types (gguf.TokenType), by number so that no library is needed to read a tokenizer.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+
+# The score of tokens that no merge makes: below every rank.
+_NO_MERGE = -1e4
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """Tokens by id, with scores and llama.cpp's types; ids of special tokens; what is put in front of a text."""
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    special: dict[str, int]
+    add_bos: bool
+    add_space_prefix: bool
+
+
+def from_tokenizer(document: dict[str, Any], config: dict[str, Any], size: int) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json for a model with `size` embeddings.
+
+    `config` is tokenizer_config.json. Embeddings beyond the tokenizer become unused tokens.
+    Raises UnsupportedError for any tokenizer that SPM does not reproduce.
+    """
+    model = document.get("model") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        kind = "byte-level BPE" if model.get("type") == "BPE" else f"{model.get('type', 'no')} model"
+        raise UnsupportedError(
+            f"tokenizer.json is a {kind}; a GGUF file is written for byte-fallback BPE (Llama 1 and 2) only"
+        )
+    ids: dict[str, int] = model["vocab"]
+    added = {one["id"]: one for one in document.get("added_tokens") or []}
+    by_id = {number: token for token, number in ids.items()} | {number: one["content"] for number, one in added.items()}
+    if max(by_id, default=-1) >= size:
+        raise UnsupportedError(
+            f"tokenizer.json has token {max(by_id)}, the model {size} embeddings; do they belong together?"
+        )
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
+    special = _special(config, {token: number for number, token in by_id.items()}, model.get("unk_token"))
+    return Vocabulary(
+        tokens=tokens,
+        scores=[-float(ranks[token]) if token in ranks else _NO_MERGE for token in tokens],
+        types=[_type(number, by_id, added, special) for number in range(size)],
+        special=special,
+        add_bos=_adds_bos(document, config),
+        add_space_prefix=_adds_space(document),
+    )
+
+
+def _type(number: int, by_id: dict[int, str], added: dict[int, Any], special: dict[str, int]) -> int:
+    if number not in by_id:
+        return UNUSED
+    if number == special.get("unk"):
+        return UNKNOWN
+    if number in added:
+        return CONTROL if added[number].get("special") else USER_DEFINED
+    return BYTE if _BYTE_TOKEN.fullmatch(by_id[number]) else NORMAL
+
+
+def _special(config: dict[str, Any], ids: dict[str, int], unknown: str | None) -> dict[str, int]:
+    """Return the ids of bos, eos, unk and pad, where the tokenizer has them."""
+    found: dict[str, int] = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{name}_token") or (unknown if name == "unk" else None)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            found[name] = ids[content]
+    return found
+
+
+def _adds_bos(document: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether encoding a text puts BOS in front: the post-processor decides, its absence leaves it to the config."""
+    processor = document.get("post_processor")
+    if processor is None:
+        return bool(config.get("add_bos_token", False))
+    steps = processor.get("processors", [processor])
+    return any("SpecialToken" in step["single"][0] for step in steps if step.get("single"))
+
+
+def _adds_space(document: dict[str, Any]) -> bool:
+    """Whether a space is put in front of a text. Raises UnsupportedError where spaces are not turned into U+2581."""
+    normalizer, splitter = document.get("normalizer") or {}, document.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    kinds = [step["type"] for step in steps]
+    replaced = [step for step in steps if step["type"] == "Replace" and step.get("content") == _SPACE]
+    if splitter.get("type") == "Metaspace" and not kinds:
+        return splitter.get("prepend_scheme", "always") != "never"
+    if splitter or not replaced or set(kinds) - {"Prepend", "Replace"} or len(replaced) != kinds.count("Replace"):
+        odd = [kind for kind in (*kinds, splitter.get("type")) if kind not in (None, "Prepend", "Replace")]
+        raise UnsupportedError(
+            f"tokenizer.json normalizes or splits text by {', '.join(odd) or 'nothing'}; a GGUF file is written for "
+            "SentencePiece-like tokenizers only, which turn spaces into U+2581"
+        )
+    return "Prepend" in kinds
