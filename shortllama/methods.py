@@ -19,7 +19,9 @@ class Method(msgspec.Struct, frozen=True):
     """One method. `protect`: blocks left whole at the start and the end, unless the user says otherwise.
 
     `removes(count, ratio)`: how many of `count` units go at a ratio. The units are the blocks of the model (unit
-    "block"), or the KV groups and the neurons of each unprotected block (unit "width").
+    "block"), or the KV groups and the neurons of each unprotected block (unit "width"). `choice`: the lowest scores
+    wherever they are, or the one contiguous run that scores lowest. `modules`: can score attention and FFNs apart.
+    `iterative`: scores change as parts go, so that scoring again after each removal makes a difference.
     """
 
     name: str
@@ -27,6 +29,9 @@ class Method(msgspec.Struct, frozen=True):
     unit: Literal["block", "width"]
     removes: Callable[[int, float], int]
     protect: tuple[int, int] = (0, 0)
+    choice: Literal["ranked", "run"] = "ranked"
+    modules: bool = False
+    iterative: bool = False
 
 
 # Shortened LLaMA section 3.1 keeps the first four and the last two blocks in its "+" variants.
@@ -35,12 +40,18 @@ _PLUS = (4, 2)
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("mag", "mag", "block", half_up),
-        Method("mag+", "mag", "block", half_up, _PLUS),
-        Method("taylor", "taylor", "block", half_up),
-        Method("taylor+", "taylor", "block", half_up, _PLUS),
-        Method("ppl", "ppl", "block", half_up),
-        Method("bi", "bi", "block", half_up),
+        Method("mag", "mag", "block", half_up, modules=True),
+        Method("mag+", "mag", "block", half_up, _PLUS, modules=True),
+        Method("taylor", "taylor", "block", half_up, modules=True, iterative=True),
+        Method("taylor+", "taylor", "block", half_up, _PLUS, modules=True, iterative=True),
+        Method("taylor-sample", "taylor-sample", "block", half_up, modules=True, iterative=True),
+        Method("taylor-vector", "taylor-vector", "block", half_up, modules=True, iterative=True),
+        Method("ppl", "ppl", "block", half_up, modules=True, iterative=True),
+        Method("kl", "kl", "block", half_up, modules=True, iterative=True),
+        Method("bi", "bi", "block", half_up, iterative=True),
+        Method("angular", "angular", "block", half_up, choice="run"),
+        Method("relative-magnitude", "relative-magnitude", "block", half_up, iterative=True),
+        Method("norm", "norm", "block", half_up, iterative=True),
         Method("random", "random", "block", half_up),
         Method("last", "last", "block", half_up),
         Method("wanda-sp", "wanda-sp", "width", truncated),

@@ -1,12 +1,13 @@
 """What a criterion measured on a model: higher = keep, everywhere. One JSON file, no torch.
 
-Schema history: shortllama.scores/1: first.
+Schema history: shortllama.scores/1: first. `order`, null without --iterative, came later: older files read the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +30,12 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Scores of one model. Which lists are present depends on `unit`; each has one entry (or list) per block.
 
-    unit "block": `blocks`. unit "module": `attention`, `mlp`. unit "width": `kv_groups` (L lists of K), `neurons`
-    (L lists of F). Scores are comparable between blocks only where the criterion says so. `calibration` is the
-    description written by `calibration.describe`: source, digest, samples, length, seed; null for data-free criteria.
-    `details` holds what a criterion adds (intervals, angular runs, compensation statistics' file).
+    unit "block": `blocks`. unit "module": `attention`, `mlp`, null where a block has none. unit "width": `kv_groups`
+    (L lists of K), `neurons` (L lists of F). Scores are comparable between blocks only where the criterion says so.
+    `runs`: by length n, one value for each run of n blocks (angular). `order`: what an iterative run removed, one after
+    the other, as `removals.Piece` texts; the lists are then those of the dense model, its first step. `calibration` is
+    the description written by `calibration.describe`: source, digest, samples, length, seed; null for data-free
+    criteria. `details` holds what a criterion adds (intervals, compensation statistics' file).
     """
 
     criterion: str
@@ -40,13 +43,14 @@ class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_digest: str
     schema: Literal["shortllama.scores/1"] = SCHEMA
     blocks: tuple[float, ...] | None = None
-    attention: tuple[float, ...] | None = None
-    mlp: tuple[float, ...] | None = None
+    attention: tuple[float | None, ...] | None = None
+    mlp: tuple[float | None, ...] | None = None
     kv_groups: tuple[tuple[float, ...], ...] | None = None
     neurons: tuple[tuple[float, ...], ...] | None = None
     runs: dict[str, tuple[float, ...]] | None = None
     calibration: dict[str, Any] | None = None
     details: dict[str, Any] | None = None
+    order: tuple[str, ...] | None = None
     cost: Cost | None = None
 
     def digest(self) -> str:
@@ -57,18 +61,23 @@ class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def check_finite(scores: Scores) -> None:
     """Raise InputError where a score is NaN or infinite, or where all scores of a list are equal (no ranking)."""
-    flat = {"blocks": scores.blocks, "attention": scores.attention, "mlp": scores.mlp}
-    for name, values in flat.items():
-        if values is None:
-            continue
-        bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
+    flat: dict[str, Sequence[float | None] | None] = {
+        "blocks": scores.blocks,
+        "attention": scores.attention,
+        "mlp": scores.mlp,
+    }
+    for run, distances in (scores.runs or {}).items():
+        flat[f"runs.{run}"] = distances
+    for name, listed in flat.items():
+        values = [(index, value) for index, value in enumerate(listed or ()) if value is not None]
+        bad = [(index, value) for index, value in values if not math.isfinite(value)]
         if bad:
             raise InputError(
-                f"scores.{name}[{bad[0]}] is {values[bad[0]]}: not finite; check the calibration text and dtype"
+                f"scores.{name}[{bad[0][0]}] is {bad[0][1]}: not finite; check the calibration text and dtype"
             )
-        if len(values) > 1 and len(set(values)) == 1:
+        if len(values) > 1 and len({value for _, value in values}) == 1 and not name.startswith("runs"):
             raise InputError(
-                f"scores.{name}: all {len(values)} values equal {values[0]}; this criterion ranks nothing here"
+                f"scores.{name}: all {len(values)} values equal {values[0][1]}; this criterion ranks nothing here"
             )
     for name, lists in {"kv_groups": scores.kv_groups, "neurons": scores.neurons}.items():
         for block, values in enumerate(lists or ()):

@@ -26,12 +26,14 @@ def score(
     *,
     towards: ModelShape | None = None,
     seed: int = 0,
+    reductions: criteria.Reductions | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Return the scores of `criterion` on a transformers model; higher = keep.
 
     `calibration` is needed by all but mag, mag-sp, random and last, which ignore it. `towards`: the shape that the
     model will be pruned to; wanda-sp feeds the outputs of blocks pruned to it on, and dense outputs without it.
+    `reductions`: how mag and taylor aggregate weights, by default the published sums.
     `seed` is for random scores and bootstrap intervals. `progress(done, total)` is called as the work goes on.
     Equal arguments give equal scores on one machine; weights, flags and mode of `model` are left as they were.
 
@@ -39,10 +41,12 @@ def score(
     weights, and scores that are not finite or all equal; UnsupportedError for an unknown family.
     """
     chosen = criteria.lookup(criterion)
+    how = reductions or criteria.Reductions()
+    how.check(chosen.NAME)
     adapter = families.adapter(model)
     shape = surgery.shape_of(model)
     used = _checked(chosen, calibration, shape, model)
-    task = criteria.Task(adapter, shape, used, seed, towards, progress or _silent)
+    task = criteria.Task(adapter, shape, used, seed, towards, progress or _silent, how)
     cost = start_cost(model, used.tokens if used else 0)
     with stack.quiet(model):
         found = chosen.score(task)
@@ -53,6 +57,7 @@ def score(
         blocks=found.blocks,
         kv_groups=found.kv_groups,
         neurons=found.neurons,
+        runs=found.runs,
         calibration=used.description if used else None,
         details=found.details,
         cost=cost(),

@@ -55,6 +55,19 @@ def count_for(sizes: Sequence[int], excess: int, *, at_most: bool) -> int:
     return len(sizes)
 
 
+def nearest_count(sizes: Sequence[int], excess: int) -> int:
+    """Return how many of `sizes`, taken in order, have the sum nearest to `excess`; the higher of two as near."""
+    sums = [0]
+    for size in sizes:
+        sums.append(sums[-1] + size)
+    return min(range(len(sums)), key=lambda count: (abs(sums[count] - excess), -count))
+
+
+def best_run(scores: Sequence[float], starts: Sequence[int]) -> int:
+    """Return the start with the lowest of `scores`, which are those of runs by start; the first among equals."""
+    return min(starts, key=scores.__getitem__)
+
+
 def align_up(keep: int, size: int, multiple: int) -> int:
     """Return `keep` rounded up to a multiple, and `size` where that passes it: aligning never removes more."""
     return min(size, -(-keep // multiple) * multiple)

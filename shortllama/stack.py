@@ -26,6 +26,11 @@ class _Stop(Exception):
         self.hidden_BTD = hidden_BTD
 
 
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden state that a module is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden state of a block's output, which is a tensor or a tuple that begins with it."""
     return output[0] if isinstance(output, tuple) else output
@@ -56,7 +61,7 @@ class Stack:
         states: list[Tensor] = []
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states.append(args[0] if args else kwargs["hidden_states"])
+            states.append(_entering(args, kwargs))
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             states.append(hidden_of(output))
@@ -70,6 +75,19 @@ class Stack:
         assert len(states) == len(self) + 1, "a block ran more than once or not at all"
         return states, logits_BTV
 
+    def states(self, ids_BT: Tensor) -> list[Tensor]:
+        """Return the L + 1 hidden states of `trace` from one pass that ends with the last block: no tail, no logits."""
+        states: list[Tensor] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(_entering(args, kwargs))
+
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            states.append(self._until(ids_BT, len(self) - 1))
+        return states
+
     def resume(self, ids_BT: Tensor, hidden_BTD: Tensor | None, at: int) -> Tensor:
         """Return the logits (B, T, V) of going on at block `at` as if `hidden_BTD` entered it; L runs only the tail.
 
@@ -81,17 +99,22 @@ class Stack:
     def advance(self, ids_BT: Tensor, hidden_BTD: Tensor | None, at: int) -> Tensor:
         """Return what leaves block `at`, as (B, T, D), when `hidden_BTD` enters it; no other block and no tail runs."""
 
+        with self._enter_at(hidden_BTD, at):
+            return self._until(ids_BT, at)
+
+    def _until(self, ids_BT: Tensor, last: int) -> Tensor:
+        """Return what leaves block `last` of a pass that ends there."""
+
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             raise _Stop(hidden_of(output))
 
-        with self._enter_at(hidden_BTD, at):
-            handle = self.blocks[at].register_forward_hook(leave)
-            try:
-                self._call(ids_BT)
-            except _Stop as stop:
-                return stop.hidden_BTD
-            finally:
-                handle.remove()
+        handle = self.blocks[last].register_forward_hook(leave)
+        try:
+            self._call(ids_BT)
+        except _Stop as stop:
+            return stop.hidden_BTD
+        finally:
+            handle.remove()
         raise AssertionError("the block did not run")
 
     def _call(self, ids_BT: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from shortllama import calibration, configs, criteria, methods, scoring, selection, surgery
-from shortllama.criteria import ppl, weights
+from shortllama.criteria import angular, removal, weights
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.families import adapter
 from shortllama.plan import BlockKeep, Target, block_keep, make_plan
@@ -84,7 +84,7 @@ def test_every_criterion_has_its_four_names_and_every_method_its_criterion():
 def test_an_unknown_criterion_names_near_ones():
     with pytest.raises(InputError, match="criterion 'tailor' is unknown; did you mean taylor"):
         criteria.lookup("tailor")
-    with pytest.raises(InputError, match="choose one of ppl, taylor"):
+    with pytest.raises(InputError, match="choose one of ppl, kl, taylor"):
         criteria.lookup("zzz")
 
 
@@ -152,18 +152,81 @@ def test_ppl_respects_sliding_windows_of_the_blocks_that_have_them():
     assert scores.blocks[2] == pytest.approx(math.exp(mean_nll(rebuilt, tokens())), rel=1e-12)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5])
-def test_ppl_runs_exactly_the_blocks_it_must(blocks, monkeypatch):
-    model, used, passes = build(blocks=blocks), tokens(), []
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Grows by one with each Llama block that is computed."""
+    counted: list[int] = []
     forward = LlamaDecoderLayer.forward
     monkeypatch.setattr(
-        LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: passes.append(1) or forward(self, *args, **kwargs)
+        LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: counted.append(1) or forward(self, *args, **kwargs)
     )
-    model.config.num_hidden_layers = blocks
-    chosen = criteria.lookup("ppl")
-    task = criteria.Task(adapter(model), surgery.shape_of(model), used, 0, None, lambda done, total: None)
-    chosen.score(task)
+    return counted
+
+
+@pytest.mark.parametrize("name", ["ppl", "kl"])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_leaving_out_runs_exactly_the_blocks_it_must(blocks, name, passes):
+    model = build(blocks=blocks)
+    task = criteria.Task(adapter(model), surgery.shape_of(model), tokens(), 0, None, lambda done, total: None)
+    criteria.lookup(name).score(task)
     assert len(passes) == blocks * (blocks - 1) // 2 + blocks
+
+
+@pytest.mark.parametrize("name", ["bi", "angular", "relative-magnitude", "norm"])
+def test_traced_criteria_cost_one_pass_without_the_output_head(name, passes, monkeypatch):
+    model = build()
+    monkeypatch.setattr(model.lm_head, "forward", lambda _: pytest.fail("the output head ran"))
+    scoring.score(model, name, tokens())
+    assert len(passes) == 4
+
+
+# -- kl ---------------------------------------------------------------------------------------------------------------
+
+
+def log_probabilities(model, sequence) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(sequence)[None], use_cache=False).logits[0].numpy()
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kl_equals_physically_rebuilt_models_position_by_position(family, monkeypatch):
+    model, used = build(family), tokens()
+    few_rows(monkeypatch, 2)
+    scores = scoring.score(model, "kl", used)
+    assert scores.blocks is not None
+    assert scores.details is not None
+    assert scores.details["sequence_tokens"] == [9] * 5
+    for gone in range(4):
+        keep = tuple(BlockKeep(index) for index in range(4) if index != gone)
+        rebuilt = surgery.apply(plan_of(surgery.shape_of(model), keep), model)
+        found = []
+        for sequence in used.sequences:
+            p, q = log_probabilities(model, sequence), log_probabilities(rebuilt, sequence)
+            found.append(
+                sum(math.exp(a) * (a - b) for row in zip(p, q, strict=True) for a, b in zip(*row, strict=True))
+            )
+        assert scores.details["sequence_kl"][gone] == pytest.approx(found, rel=1e-9)
+        assert scores.blocks[gone] == pytest.approx(sum(found) / 45, rel=1e-9)
+        low, high = scores.details["interval"][gone]
+        assert low < scores.blocks[gone] < high
+
+
+def test_kl_of_a_block_that_does_nothing_is_zero():
+    model = build()
+    idle(model, 2)
+    scores = scoring.score(model, "kl", tokens())
+    assert scores.blocks is not None
+    assert scores.blocks[2] == pytest.approx(0, abs=1e-12)
+    assert min(scores.blocks[:2]) > 1e-3
+
+
+def idle(model, index: int) -> None:
+    """Let a block pass its input on."""
+    with torch.no_grad():
+        model.model.layers[index].self_attn.o_proj.weight.zero_()
+        model.model.layers[index].mlp.down_proj.weight.zero_()
 
 
 def test_ppl_keeps_the_nll_of_every_sequence(monkeypatch):
@@ -195,16 +258,16 @@ def test_the_bootstrap_interval_is_that_of_a_plain_loop():
     random = np.random.default_rng(0)
     tokens_N = random.integers(5, 20, size=7)
     nll_LN = random.uniform(1, 3, size=(3, 7)) * tokens_N
-    low, high = ppl.interval(nll_LN, tokens_N, seed=4)
-    counts = np.random.default_rng(4).multinomial(7, [1 / 7] * 7, size=ppl.RESAMPLES)
+    low, high = removal.interval(nll_LN, tokens_N, seed=4)
+    counts = np.random.default_rng(4).multinomial(7, [1 / 7] * 7, size=removal.RESAMPLES)
     for block in range(3):
         drawn = []
         for row in counts:
             picked = [n for n in range(7) for _ in range(row[n])]
-            drawn.append(math.exp(sum(nll_LN[block, n] for n in picked) / sum(tokens_N[n] for n in picked)))
+            drawn.append(sum(nll_LN[block, n] for n in picked) / sum(tokens_N[n] for n in picked))
         assert low[block] == pytest.approx(np.quantile(drawn, 0.025), rel=1e-2)
         assert high[block] == pytest.approx(np.quantile(drawn, 0.975), rel=1e-2)
-        assert low[block] < math.exp(nll_LN[block].sum() / tokens_N.sum()) < high[block]
+        assert low[block] < nll_LN[block].sum() / tokens_N.sum() < high[block]
 
 
 def test_one_sequence_has_no_interval():
@@ -238,6 +301,74 @@ def test_taylor_equals_plain_autograd_whatever_the_batches(family, rows, monkeyp
     scores = scoring.score(model, "taylor", used)
     # The stock norms round to float32 in both passes, at different scales.
     assert scores.blocks == pytest.approx(by_autograd(model, used), rel=1e-7)
+
+
+@pytest.mark.parametrize("rows", [100, 2])
+def test_taylor_by_sample_and_by_vector_equal_plain_autograd(rows, monkeypatch):
+    model, used = build("qwen2"), tokens()
+    few_rows(monkeypatch, rows)
+    sample, vector = (scoring.score(model, f"taylor-{name}", used).blocks for name in ("sample", "vector"))
+    model.requires_grad_(True)
+    by_sample = np.zeros(4)
+    products: list[dict[str, torch.Tensor]] = [{} for _ in range(4)]
+    for sequence in used.sequences:
+        model.zero_grad(set_to_none=True)
+        ids = torch.from_numpy(sequence)[None]
+        (token_nll(model(input_ids=ids, use_cache=False).logits, ids).sum() / 40).backward()
+        for index, block in enumerate(adapter(model).blocks):
+            for name, p in block.named_parameters():
+                if not name.endswith("bias"):
+                    by_sample[index] += (p * p.grad).abs().sum().item()
+                    products[index][name] = products[index].get(name, 0) + p.detach() * p.grad
+    assert sample == pytest.approx(by_sample.tolist(), rel=1e-7)
+    assert vector == pytest.approx([sum(abs(t.sum().item()) for t in one.values()) for one in products], rel=1e-6)
+    plain = scoring.score(model, "taylor", used).blocks
+    assert plain is not None
+    assert all(v < t < s for v, t, s in zip(vector or (), plain, sample or (), strict=True)), "triangle inequality"
+
+
+REDUCE = {"sum": np.sum, "mean": np.mean, "max": np.max, "prod": np.prod}
+
+
+@pytest.mark.parametrize("weight", criteria.REDUCTIONS)
+@pytest.mark.parametrize("block", criteria.REDUCTIONS)
+def test_weights_are_reduced_over_neurons_and_then_over_tensors(weight, block):
+    model = build(blocks=2)
+    how = criteria.Reductions(weight, block)
+    scores = scoring.score(model, "mag", reductions=how)
+    for index, layer in enumerate(model.model.layers):
+        tensors = [np.abs(p.detach().numpy()) for p in layer.parameters()]
+        values = [REDUCE[weight](t.sum(axis=1) if t.ndim == 2 else t) for t in tensors]
+        expected = REDUCE[block](values)
+        found = (scores.blocks or ())[index]
+        assert found == pytest.approx(np.log(expected) if "prod" in (weight, block) else expected, rel=1e-10)
+    assert scores.details == {"weight_reduction": weight, "block_reduction": block}
+
+
+def test_products_over_many_neurons_stay_in_range_and_taylor_reduces_too():
+    model = build(hidden=240, neurons=2000)
+    scores = scoring.score(model, "mag", reductions=criteria.Reductions("prod", "prod"))
+    assert scores.blocks is not None
+    assert all(abs(value) > 800 for value in scores.blocks), "exp of it would leave the range of float64"
+    plain, mean = (
+        scoring.score(build(), "taylor", tokens(), reductions=criteria.Reductions(block=how)).blocks
+        for how in ("sum", "mean")
+    )
+    assert mean == pytest.approx([value / 9 for value in plain or ()])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "how", "expected"),
+    [
+        ("mag", criteria.Reductions("avg"), "--weight-reduction 'avg' is unknown; choose one of sum"),
+        ("taylor", criteria.Reductions(block="median"), "--block-reduction 'median' is unknown"),
+        ("ppl", criteria.Reductions("max"), "criterion ppl reduces no weights"),
+        ("taylor-vector", criteria.Reductions("max"), "taylor-vector has one value a tensor"),
+    ],
+)
+def test_reductions_that_mean_nothing_are_refused(criterion, how, expected):
+    with pytest.raises(InputError, match=expected):
+        scoring.score(build(), criterion, tokens(), reductions=how)
 
 
 def test_taylor_equals_finite_differences(monkeypatch):
@@ -309,40 +440,71 @@ def test_taylor_of_16_bit_weights_is_close_to_float32(dtype):
 # -- bi, mag, random, last --------------------------------------------------------------------------------------------
 
 
-def test_bi_equals_a_loop_over_tokens(monkeypatch):
-    model, used = build(), tokens()
-    few_rows(monkeypatch, 2)
-    scores = scoring.score(model, "bi", used)
-    inputs: dict[int, list] = {i: [] for i in range(5)}
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args, i=i: inputs[i].append(args[0]))
-        for i, block in enumerate(model.model.layers)
-    ]
-    hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: inputs[4].append(args[0])))
+def states_by_hooks(model, used) -> list[list[np.ndarray]]:
+    """For each sequence the L + 1 hidden states (T, D), caught by plain hooks."""
+    inputs: dict[int, list] = {i: [] for i in range(len(model.model.layers) + 1)}
+    modules = [*model.model.layers, model.model.norm]
+    hooks = [m.register_forward_pre_hook(lambda _, args, i=i: inputs[i].append(args[0])) for i, m in enumerate(modules)]
     with torch.no_grad():
         for sequence in used.sequences:
             model(input_ids=torch.from_numpy(sequence)[None], use_cache=False)
     for hook in hooks:
         hook.remove()
+    return [[inputs[i][n][0].numpy() for i in inputs] for n in range(len(used.sequences))]
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("bi", lambda x, y: 1 - cosine(x, y)),
+        ("relative-magnitude", lambda x, y: np.linalg.norm(y - x) / np.linalg.norm(y)),
+        ("norm", lambda x, y: -np.linalg.norm(y)),
+    ],
+)
+def test_traced_criteria_equal_a_loop_over_tokens(name, change, monkeypatch):
+    model, used = build(), tokens()
+    few_rows(monkeypatch, 2)
+    scores = scoring.score(model, name, used)
+    caught = states_by_hooks(model, used)
     for block in range(4):
-        cosines = []
-        for before, after in zip(inputs[block], inputs[block + 1], strict=True):
-            for x, y in zip(before[0].numpy(), after[0].numpy(), strict=True):
-                cosines.append(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
-        assert scores.blocks is not None
-        assert scores.blocks[block] == pytest.approx(1 - np.mean(cosines), rel=1e-10)
+        values = [change(x, y) for states in caught for x, y in zip(states[block], states[block + 1], strict=True)]
+        assert (scores.blocks or ())[block] == pytest.approx(np.mean(values), rel=1e-10)
 
 
-@pytest.mark.parametrize("idle", [0, 3])
-def test_bi_of_a_block_that_does_nothing_is_zero_even_if_it_is_the_last(idle):
+def test_angular_equals_a_loop_over_last_tokens(monkeypatch):
+    model, used = build(), tokens()
+    few_rows(monkeypatch, 2)
+    scores = scoring.score(model, "angular", used)
+    caught = states_by_hooks(model, used)
+    assert scores.runs is not None
+    assert {n: len(values) for n, values in scores.runs.items()} == {"1": 4, "2": 3, "3": 2, "4": 1}
+    for n in range(1, 5):
+        for start in range(5 - n):
+            angles = [math.acos(cosine(states[start][-1], states[start + n][-1])) / math.pi for states in caught]
+            assert scores.runs[str(n)][start] == pytest.approx(np.mean(angles), rel=1e-9)
+    assert scores.blocks == scores.runs["1"]
+
+
+def test_angular_distance_of_equal_states_is_zero_not_nan():
+    state = torch.rand(50, 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    distance = angular.distances(torch.cat([state, state * 3, -state], dim=1))
+    assert distance[0, 1] == pytest.approx(0, abs=1e-7)
+    assert distance[0, 2] == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_block_that_does_nothing_turns_nothing_even_if_it_is_the_last(index):
     model = build()
-    with torch.no_grad():
-        model.model.layers[idle].self_attn.o_proj.weight.zero_()
-        model.model.layers[idle].mlp.down_proj.weight.zero_()
-    scores = scoring.score(model, "bi", tokens())
-    assert scores.blocks is not None
-    assert scores.blocks[idle] == pytest.approx(0, abs=1e-12)
-    assert min(value for index, value in enumerate(scores.blocks) if index != idle) > 1e-3
+    idle(model, index)
+    for name in ("bi", "relative-magnitude", "angular"):
+        scores = scoring.score(model, name, tokens())
+        assert scores.blocks is not None
+        assert scores.blocks[index] == pytest.approx(0, abs=1e-7)
+        assert min(value for one, value in enumerate(scores.blocks) if one != index) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -500,7 +662,7 @@ def test_every_criterion_finds_the_blocks_that_are_redundant_by_construction(gro
     model, tokenizer = checkpoint.load(grown)
     src = source if source == "self" else str(data_dir / "tinystories" / "tinystories_sample.txt")
     used = calibration.load(src, tokenizer=tokenizer, model=model)
-    for name in ("ppl", "taylor", "bi"):
+    for name in ("ppl", "kl", "taylor", "taylor-sample", "taylor-vector", "bi", "relative-magnitude"):
         blocks = scoring.score(model, name, used).blocks
         assert blocks is not None
         assert sorted(selection.removal_order(blocks, (0, 0))[:7]) == REDUNDANT, name

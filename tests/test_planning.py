@@ -18,6 +18,7 @@ from shortllama.scores import Scores
 from shortllama.selection import candidates
 from shortllama.shape import ModelShape
 
+RUN_METHODS = sorted(name for name, row in METHODS.items() if row.choice == "run")
 DEPTH = sorted(name for name, row in METHODS.items() if row.unit == "block")
 WIDTH = sorted(name for name, row in METHODS.items() if row.unit == "width")
 LLAMA_7B, LLAMA_13B = catalogue.lookup("llama-7b"), catalogue.lookup("llama-13b")
@@ -52,7 +53,9 @@ def scored(draw: st.DrawFn, names: list[str], **limits: int) -> tuple[str, Model
     if row.unit == "block":
         values = draw(scores_of(len(shape.blocks)))
         assume(len(shape.blocks) == 1 or len(set(values)) > 1)
-        return name, shape, msgspec.structs.replace(scores, blocks=values)
+        count = len(shape.blocks)
+        runs = {str(n): draw(scores_of(count - n + 1)) for n in range(2, count + 1)} if row.choice == "run" else {}
+        return name, shape, msgspec.structs.replace(scores, blocks=values, runs={"1": values, **runs} if runs else None)
     groups = tuple(draw(scores_of(block.kv_heads)) for block in shape.blocks)
     neurons = tuple(draw(scores_of(block.neurons)) for block in shape.blocks)
     return name, shape, msgspec.structs.replace(scores, kv_groups=groups, neurons=neurons)
@@ -76,11 +79,42 @@ def test_depth_removes_the_lowest_unprotected_blocks_and_as_many_as_asked(data: 
     assert gone <= set(free)
     assert made.blind is not real
     assert all(keep == BlockKeep(keep.index) for keep in made.keep)
-    if real:
+    if real and METHODS[name].choice == "ranked":
         assert scores.blocks is not None
         stay = set(free) - gone
         assert all(scores.blocks[g] <= scores.blocks[s] for g in gone for s in stay)
     check_base(made, shape)
+
+
+@given(st.data())
+def test_a_run_is_contiguous_unprotected_and_scores_lowest_of_its_length(data: st.DataObject) -> None:
+    name, shape, scores = data.draw(scored(RUN_METHODS, min_blocks=2, max_blocks=10))
+    protect = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    blocks = len(shape.blocks)
+    removable = min(len(candidates(blocks, protect)), blocks - 1)
+    assume(removable > 0)
+    count = data.draw(st.integers(1, removable))
+    made = plan(name, shape, "blocks", count, scores=scores, protect=protect)
+    gone = sorted(set(range(blocks)) - {keep.index for keep in made.keep})
+    assert gone == list(range(gone[0], gone[0] + count))
+    distances = (scores.runs or {})[str(count)]
+    allowed = [s for s in range(blocks - count + 1) if s >= protect[0] and blocks - (s + count) >= protect[1]]
+    assert gone[0] in allowed
+    assert distances[gone[0]] == min(distances[start] for start in allowed)
+
+
+def test_a_run_meets_target_params_by_blocks_of_one_size() -> None:
+    shape = msgspec.structs.replace(LLAMA_7B, blocks=LLAMA_7B.blocks[:6])
+    runs = {str(n): tuple(float((s * 7 + n) % 5) for s in range(7 - n)) for n in range(1, 7)}
+    scores = Scores("angular", "block", shape.digest(), blocks=runs["1"], runs=runs)
+    block = shape.block_parameters(shape.blocks[0])
+    for at_most, left_over in ((False, 4), (True, 3)):
+        made = plan("angular", shape, "target-params", shape.parameters - 2.5 * block, scores=scores, at_most=at_most)
+        assert made.achieved.blocks == left_over
+    with pytest.raises(PlanError, match="6 of 6 blocks would go, but only 5 may"):
+        plan("angular", shape, "target-params", 1000, scores=scores, at_most=True)
+    with pytest.raises(InputError, match="lack 'runs' of every length"):
+        plan("angular", shape, "blocks", 2, scores=msgspec.structs.replace(scores, runs={"1": runs["1"]}))
 
 
 @given(st.data())

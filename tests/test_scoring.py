@@ -109,7 +109,7 @@ def test_bad_requests_are_answered_in_one_line(model, used, tiny_shape):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("criterion", ["ppl", "taylor", "bi", "mag", "wanda-sp"])
+@pytest.mark.parametrize("criterion", ["ppl", "kl", "taylor", "bi", "angular", "mag", "wanda-sp"])
 def test_broken_weights_give_no_ranking(model, used, criterion):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 
 CRITERIA: dict[str, str] = {
     "ppl": "shortllama.criteria.ppl",
+    "kl": "shortllama.criteria.kl",
     "taylor": "shortllama.criteria.taylor",
+    "taylor-sample": "shortllama.criteria.taylor_sample",
+    "taylor-vector": "shortllama.criteria.taylor_vector",
     "bi": "shortllama.criteria.bi",
+    "angular": "shortllama.criteria.angular",
+    "relative-magnitude": "shortllama.criteria.relative_magnitude",
+    "norm": "shortllama.criteria.norm",
     "mag": "shortllama.criteria.mag",
     "random": "shortllama.criteria.random",
     "last": "shortllama.criteria.last",
@@ -36,11 +42,39 @@ CRITERIA: dict[str, str] = {
 }
 
 
+REDUCTIONS = ("sum", "mean", "max", "prod")
+# Whose scores are made of many weights' values. A vector estimate leaves nothing to reduce within a tensor.
+REDUCING = ("mag", "taylor", "taylor-sample", "taylor-vector")
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """How the values of weights become one score: over the output neurons of a tensor, then over tensors."""
+
+    weight: str = "sum"
+    block: str = "sum"
+
+    def check(self, criterion: str) -> None:
+        """Raise InputError for an unknown reduction, or one that `criterion` has no use for."""
+        for option, how in (("--weight-reduction", self.weight), ("--block-reduction", self.block)):
+            if how not in REDUCTIONS:
+                raise InputError(f"{option} {how!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
+        if self != Reductions() and criterion not in REDUCING:
+            raise InputError(f"criterion {criterion} reduces no weights; reductions are for {', '.join(REDUCING)}")
+        if self.weight != "sum" and criterion == "taylor-vector":
+            raise InputError("taylor-vector has one value a tensor; leave --weight-reduction out")
+
+    def record(self) -> dict[str, str]:
+        """Return what goes into the details of scores."""
+        return {"weight_reduction": self.weight, "block_reduction": self.block}
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a criterion found, with the lists of its unit filled in; see `Scores`."""
 
     blocks: tuple[float, ...] | None = None
+    runs: dict[str, tuple[float, ...]] | None = None
     kv_groups: tuple[tuple[float, ...], ...] | None = None
     neurons: tuple[tuple[float, ...], ...] | None = None
     details: dict[str, Any] | None = None
@@ -60,6 +94,7 @@ class Task:
     seed: int
     towards: ModelShape | None
     progress: Callable[[int, int], None]
+    reductions: Reductions = Reductions()
 
     @cached_property
     def stack(self) -> Stack:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from shortllama.criteria import Measured, Task
-from shortllama.criteria.weights import scored_weights
+from shortllama.criteria.weights import aggregate, rows, scored_weights
 
 NAME = "mag"
 UNIT = "block"
@@ -17,10 +17,10 @@ NEEDS = "weights"
 
 @torch.no_grad()
 def score(task: Task) -> Measured:
-    """Return sum over the block's matrices and norms of |w|; higher = keep."""
+    """Return sum over the block's matrices and norms of |w|, or the aggregation asked for; higher = keep."""
     scores: list[float] = []
-    for block in task.adapter.blocks:
-        weights = scored_weights(task.adapter, block).values()
-        scores.append(sum(weight.abs().sum(dtype=torch.float64).item() for weight in weights))
+    for block in task.stack.blocks:
+        values = {name: rows(weight.abs()) for name, weight in scored_weights(task.adapter, block).items()}
+        scores.append(aggregate(values, task.reductions))
         task.progress(len(scores), len(task.stack))
-    return Measured(blocks=tuple(scores))
+    return Measured(blocks=tuple(scores), details=task.reductions.record())

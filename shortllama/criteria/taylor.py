@@ -1,8 +1,14 @@
 """First-order Taylor: the change of the loss that removing a block predicts (Shortened LLaMA sec. 3.1).
 
-Per weight |sum over samples of w * dloss/dw|, then summed over the block's matrices and norms. The loss is the mean
-over all predicted tokens of the calibration, so the split into batches does not matter; the published code sums the
-means of its batches instead, which counts the samples of a short last batch more than once.
+The loss is the mean over all predicted tokens of the calibration, so the split into batches does not matter; the
+published code sums the means of its batches instead, which counts the samples of a short last batch more than once.
+With g_n the gradient of sample n's part of that loss, three estimators, which rank differently:
+
+    taylor          sum over weights of |w * sum_n g_n|, the published one
+    taylor-sample   sum over weights and samples of |w * g_n|
+    taylor-vector   sum over tensors of |sum over weights of w * sum_n g_n| (LLM-Pruner's "vectorize", arXiv 2305.11627)
+
+each then summed over the block's matrices and norms, or aggregated as `weights.aggregate` is told.
 
 Memory: one copy of the weights, one block's gradients, and the hidden state entering each block for all samples
 (L * N * T * D values). The inputs are cached in one forward pass, then blocks are walked backward: each is recomputed
@@ -12,43 +18,77 @@ w * sum(g) = sum(w * g), so this is the published estimate exactly. Blocks in 16
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from shortllama.criteria import Measured, Task
-from shortllama.criteria.weights import scored_weights
+from shortllama.criteria.weights import aggregate, rows, scored_weights
 from shortllama.stack import Stack, token_nll
 
 NAME = "taylor"
 UNIT = "block"
 NEEDS = "calibration"
 
+Estimator = Callable[[Tensor], Tensor]
+
 
 def score(task: Task) -> Measured:
     """Return sum over weights of |w * dloss/dw| for each block (nats); higher = keep. All weights stay as they are."""
+    return estimate(task, per_weight, each_sequence=False)
+
+
+def per_weight(product: Tensor) -> Tensor:
+    """Return sum over a row of |w * g| for each output neuron of a matrix, |w * g| of each element of a norm."""
+    return rows(product.abs())
+
+
+def per_tensor(product: Tensor) -> Tensor:
+    """Return |sum of w * g| over the tensor, as (1,)."""
+    return product.sum(dtype=torch.float64).abs()[None]
+
+
+def estimate(task: Task, estimator: Estimator, *, each_sequence: bool) -> Measured:
+    """Return the aggregated `estimator` of w * g of each block; `each_sequence` sums it over samples."""
+    found: list[dict[str, Tensor]] = [{} for _ in task.stack.blocks]
+    for index, weights in _walk(task, each_sequence):
+        for name, weight in weights.items():
+            assert weight.grad is not None, "every scored weight takes part in the forward pass"
+            value = estimator(weight.detach() * weight.grad)
+            found[index][name] = found[index][name] + value if name in found[index] else value
+    tokens = sum(len(ids) - 1 for ids in task.calibration.sequences) if task.calibration else 0
+    per_token = [{name: value / tokens for name, value in one.items()} for one in found]
+    return Measured(
+        blocks=tuple(aggregate(one, task.reductions) for one in per_token), details=task.reductions.record()
+    )
+
+
+def _walk(task: Task, each_sequence: bool) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
+    """Yield each block's weights with their gradients: once for all samples, or once for each; last block first.
+
+    Gradients are those of the summed NLL. They are freed when the walk goes on.
+    """
     stack, blocks = task.stack, len(task.stack)
-    for block in task.adapter.blocks:
+    for block in stack.blocks:
         scored_weights(task.adapter, block)  # refuses a block it cannot score before any long work
-    batches = list(task.batches())
+    batches = [part for ids in task.batches() for part in ids.split(1 if each_sequence else len(ids))]
     total = (2 * blocks + 1) * len(batches)
     inputs: list[list[Tensor]] = []
     for ids_BT in batches:
         with torch.no_grad():
-            inputs.append(stack.trace(ids_BT)[0])
+            inputs.append(stack.states(ids_BT))
         task.progress(len(inputs) * blocks, total)
     gradients = [_tail_gradient(stack, ids, states.pop()) for ids, states in zip(batches, inputs, strict=True)]
-    tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in batches)
-    scores = [0.0] * blocks
     for index in reversed(range(blocks)):
         with _differentiable(stack.blocks[index]) as block:
             for number, ids_BT in enumerate(batches):
                 gradients[number] = _step_back(stack, index, ids_BT, inputs[number].pop(), gradients[number])
                 task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
-            scores[index] = _reduce(scored_weights(task.adapter, block)) / tokens
-    return Measured(blocks=tuple(scores))
+                if each_sequence or number == len(batches) - 1:
+                    yield index, scored_weights(task.adapter, block)
+                    block.zero_grad(set_to_none=True)
 
 
 def _tail_gradient(stack: Stack, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -71,15 +111,6 @@ def _step_back(stack: Stack, index: int, ids_BT: Tensor, hidden_BTD: Tensor, gra
         output_BTD = stack.advance(ids_BT, leaf, at=index)
         output_BTD.backward(gradient_BTD.to(output_BTD.dtype))
     return gradient_BTD if leaf is None or leaf.grad is None else leaf.grad
-
-
-def _reduce(weights: dict[str, nn.Parameter]) -> float:
-    """Return sum |w * g| in float64 sums."""
-    total = 0.0
-    for weight in weights.values():
-        assert weight.grad is not None, "every scored weight takes part in the forward pass"
-        total += (weight.detach() * weight.grad).abs().sum(dtype=torch.float64).item()
-    return total
 
 
 @contextmanager

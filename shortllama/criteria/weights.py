@@ -1,10 +1,14 @@
-"""Which parameters of a block a weight-based criterion reads, and which it must not silently skip."""
+"""Which parameters of a block a weight-based criterion reads, and how their values become one score."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from shortllama.criteria import Reductions
 from shortllama.errors import UnsupportedError
 from shortllama.families import Adapter
 
@@ -27,6 +31,34 @@ def scored_weights(adapter: Adapter, block: nn.Module) -> dict[str, nn.Parameter
         if leaf == "weight":
             found[name] = parameter
     return found
+
+
+def rows(values: Tensor) -> Tensor:
+    """Return, in float64, the sum over inputs for each output neuron of a matrix (O, I), or a norm's values (D,)."""
+    return values.flatten(1).sum(dim=1, dtype=torch.float64) if values.dim() > 1 else values.double()
+
+
+def aggregate(tensors: Mapping[str, Tensor], how: Reductions) -> float:
+    """Return one score: the values (O,) of each tensor reduced over output neurons, then over the tensors.
+
+    Published: sum and sum. With a product anywhere the natural logarithm of the score is returned instead, which ranks
+    alike: the product over thousands of output neurons leaves every floating-point range.
+    """
+    logarithmic = "prod" in (how.weight, how.block)
+    values = [tensor.log() if logarithmic else tensor for tensor in tensors.values()]
+    reduce = _reduce_logarithms if logarithmic else _reduce
+    return reduce(torch.stack([reduce(value, how.weight) for value in values]), how.block).item()
+
+
+def _reduce(values: Tensor, how: str) -> Tensor:
+    return {"sum": values.sum, "mean": values.mean, "max": values.max}[how]()
+
+
+def _reduce_logarithms(values: Tensor, how: str) -> Tensor:
+    """Return the logarithm of the reduction of exp(values)."""
+    if how == "prod":
+        return values.sum()
+    return values.max() if how == "max" else values.logsumexp(0) - (math.log(len(values)) if how == "mean" else 0)
 
 
 def per_group(columns: Tensor, groups: int) -> Tensor:
