@@ -261,3 +261,6 @@ def show_report(report: Report) -> None:
     loads = f"loads in stock transformers as {report.loaded_as}" if report.loaded_as else "loads with shortllama only"
     rows = [("ok" if check.passed else "FAILED", check.name, check.seen) for check in report.checks]
     table(("", "check ", "seen "), rows, title=f"{report.folder}: {count(report.parameters)} parameters, {loads}")
+    fits = [(fit.engine, "yes" if fit.can else "no", fit.why) for fit in report.engines]
+    if fits:
+        table(("engine ", "takes it ", "how, or why not "), fits)

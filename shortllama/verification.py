@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shortllama import checkpoint, configs, files, sources, stock_reload, tensorfile
+from shortllama import checkpoint, configs, engines, files, sources, stock_reload, tensorfile
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.exporting import MARK as EXPORT_MARK
 from shortllama.exporting import Export
@@ -47,13 +47,17 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What was verified of a folder. `loaded_as`: the stock class that loads it, None for our own form."""
+    """What was verified of a folder. `loaded_as`: the stock class that loads it, None for our own form.
+
+    `engines`: which engines can take it, by its shape; told, not tried.
+    """
 
     folder: str
     form: str
     loaded_as: str | None
     parameters: int
     checks: tuple[Check, ...]
+    engines: tuple[engines.Fit, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -97,7 +101,8 @@ def verify(folder: str | Path, against: str | Path | None = None, *, device: str
                 _compare("masked dense model", own, _masked_outputs(sources.fetch(base), plan, prompt, device))
             )
     form = "stock" if stock else configs.OWN_MODEL_TYPE
-    return Report(str(folder), form, loaded_as, source.shape.parameters, tuple(checks))
+    fits = engines.fits(source.shape, source.config)
+    return Report(str(folder), form, loaded_as, source.shape.parameters, tuple(checks), fits)
 
 
 def _plan_for(folder: Path, against: str | Path | None) -> Plan | None:

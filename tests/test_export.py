@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM
 from shortllama import checkpoint, configs, console, display, exporting, layout, sources, surgery, verification
 from shortllama.cli import app
 from shortllama.errors import InputError, UnsupportedError
-from shortllama.exporting import gguf as gguf_form
-from shortllama.exporting import padding, vocabulary
+from shortllama.exporting import llamacpp, padding, vocabulary
 from shortllama.plan import BlockKeep
 from shortllama.shape import BlockShape, ModelShape
 
@@ -372,7 +371,7 @@ def test_what_a_gguf_file_cannot_hold_is_refused_in_one_line(tmp_path: Path, nam
 )
 def test_models_that_llama_cpp_computes_otherwise_are_refused(shape: ModelShape, config: dict[str, Any], says: str):
     with pytest.raises(UnsupportedError, match=says):
-        gguf_form.refuse(shape, {**configs.config_of(shape), **config})
+        llamacpp.refuse(shape, {**configs.config_of(shape), **config})
 
 
 def test_float64_weights_have_no_place_in_a_gguf_file(tmp_path: Path):

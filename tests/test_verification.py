@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from strategies import plan_of
 
-from shortllama import checkpoint, files, sources, surgery, verification
+from shortllama import checkpoint, display, files, sources, surgery, verification
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.plan import BlockKeep, write_plan
 from shortllama.shape import ModelShape
@@ -46,8 +46,11 @@ def test_a_uniform_width_is_verified_by_stock_transformers_and_by_the_mask(dense
     assert report.failures == ""
 
 
-def test_our_own_form_is_verified_by_the_mask(dense: Path, tmp_path: Path):
+def test_our_own_form_is_verified_by_the_mask(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     report = verification.verify(written(dense, tmp_path / "out", MIXED), dense)
+    assert {fit.engine: fit.can for fit in report.engines} == {"transformers": False, "vLLM": False, "llama.cpp": True}
+    display.show_report(report)
+    assert "as deci, by export --to gguf" in capsys.readouterr().out
     assert report.ok, report.failures
     assert (report.form, report.loaded_as) == ("shortllama", None)
     assert passed(report).keys() == {"files", "shape", "shape of the plan", MASKED}

@@ -1,9 +1,5 @@
 """Write a checkpoint as one GGUF file for llama.cpp: `llama` where all blocks are alike, else `deci`.
 
-llama.cpp's `llama` applies the sizes of block 0 to all blocks; `deci`, made for Llamas from architecture search, takes
-heads and neurons for each block. What `deci` computes wrongly is padded with zeros first (`padding`): block 0 without
-attention (its head size is read there), and attention without FFN (its output is dropped).
-
 The weights are the source's, bit for bit, but for vectors, which llama.cpp needs in float32, and for the order of the
 rows of q and k: llama.cpp rotates neighbouring pairs, transformers the two halves of a head. Needs the extra `gguf`.
 """
@@ -18,19 +14,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shortllama import checkpoint, configs, files, tensorfile
+from shortllama import checkpoint, files, tensorfile
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.exporting import MARK, Export
 from shortllama.exporting.arrays import Opened, load, opened
+from shortllama.exporting.llamacpp import architecture, expressible, refuse, rope
 from shortllama.exporting.padding import Placed, placements
 from shortllama.exporting.vocabulary import Vocabulary, from_tokenizer
 from shortllama.families import lookup
-from shortllama.shape import BlockShape, ModelShape
+from shortllama.shape import ModelShape
 
 FILE = "model.gguf"
-
-# Families whose mathematics is llama.cpp's `llama`; of others it has architectures of their own.
-FAMILIES = ("llama", "mistral", "qwen2")
 
 _BLOCK_NAMES = {
     "q": "attn_q",
@@ -45,27 +39,24 @@ _BLOCK_NAMES = {
 # llama.cpp's general.file_type of a file whose matrices have this dtype.
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 
-# Quantizers work on 32 values at a time.
-_PADDED_NEURONS = 32
-
 
 def export(model: str | Path, out: Path) -> Export:
     """Write a folder's model and tokenizer as model.gguf; returns the record. See `exporting.export`."""
     gguf = _library()
     source = opened(model)
-    kept, after = expressible(source.shape)
     refuse(source.shape, source.config)
+    kept, after = expressible(source.shape)
     vocabulary = _vocabulary(source.folder, source.shape.vocabulary)
     checkpoint.refuse_own_folder(out, source.folder)
-    architecture = "llama" if after.is_uniform else "deci"
+    arch = architecture(after)
     with files.new_folder(out, MARK) as folder:
-        writer = gguf.GGUFWriter(folder / FILE, architecture)
+        writer = gguf.GGUFWriter(folder / FILE, arch)
         _describe(writer, source, after)
         _add_vocabulary(writer, vocabulary, _chat_template(source.folder))
         _write_tensors(gguf, writer, source, _tensors(source.shape, kept, after))
         record = Export(
             form="gguf",
-            architecture=architecture,
+            architecture=arch,
             dtype=source.dtype,
             parameters=after.parameters,
             source_parameters=source.shape.parameters,
@@ -89,57 +80,7 @@ def _library() -> Any:
     return gguf
 
 
-# -- what llama.cpp can express ---------------------------------------------------------------------------------------
-
-
-def expressible(shape: ModelShape) -> tuple[tuple[int, ...], ModelShape]:
-    """Return the blocks that are written, and the shape that is: without empty blocks, padded where `deci` needs it."""
-    kept = tuple(i for i, block in enumerate(shape.blocks) if block.query_heads or block.neurons)
-    if not kept:
-        raise UnsupportedError("no block has an attention or an FFN; there is nothing to run")
-    group = next((b.query_heads // b.kv_heads for b in shape.blocks if b.kv_heads), 1)
-    blocks: list[BlockShape] = []
-    for position, block in enumerate(shape.blocks[i] for i in kept):
-        if position == 0 and not block.query_heads:
-            block = msgspec.structs.replace(block, query_heads=group, kv_heads=1)
-        if not block.neurons:
-            block = msgspec.structs.replace(block, neurons=_PADDED_NEURONS)
-        blocks.append(block)
-    return kept, msgspec.structs.replace(shape, blocks=tuple(blocks))
-
-
-def refuse(shape: ModelShape, config: configs.Config) -> None:
-    """Raise UnsupportedError for a model that llama.cpp's `llama` and `deci` do not compute exactly."""
-    if shape.family not in FAMILIES:
-        raise UnsupportedError(
-            f"a GGUF file is written for {', '.join(FAMILIES)}; llama.cpp has no architecture that takes a pruned "
-            f"{shape.family} model"
-        )
-    if configs.has_window(config):
-        raise UnsupportedError(
-            "a GGUF file cannot hold this model's sliding window; set sliding_window to null if unused"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(f"activation {config['hidden_act']!r} has no place in a GGUF file; expected 'silu'")
-    odd = [block.query_heads for block in shape.blocks if block.query_heads * shape.head_dim not in (0, shape.hidden)]
-    if "q" in shape.biases and odd:
-        raise UnsupportedError(
-            f"llama.cpp wants a query bias of the hidden size {shape.hidden}; {odd[0]} heads of {shape.head_dim} have "
-            "another; export the padded folder"
-        )
-    rope(config)
-
-
-def rope(config: configs.Config) -> dict[str, Any]:
-    """Return the rotary parameters of a config, old or new style. Raises UnsupportedError for a kind not known here."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UnsupportedError(
-            f"rotary scaling {kind!r} is not written to GGUF files; expected default, linear or llama3"
-        )
-    theta = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
-    return {**scaling, "rope_type": kind, "rope_theta": float(theta)}
+# -- metadata ---------------------------------------------------------------------------------------------------------
 
 
 def frequency_factors(parameters: Mapping[str, Any], head_dim: int) -> np.ndarray:
@@ -152,9 +93,6 @@ def frequency_factors(parameters: Mapping[str, Any], head_dim: int) -> np.ndarra
     wavelengths = 2 * math.pi * parameters["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-
-
-# -- metadata ---------------------------------------------------------------------------------------------------------
 
 
 def _describe(writer: Any, source: Opened, after: ModelShape) -> None:
