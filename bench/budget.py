@@ -1,9 +1,10 @@
 """Memory budgets and memory peaks of the calling process on Linux: one process, measured and limited from inside.
 
 On a CPU a budget is RLIMIT_DATA: the process's data size after imports and a tiny warm-up run, plus the budget. Real
-allocation failures follow, exact to the batch. Three conditions, each measured: RLIMIT_DATA and not RLIMIT_AS (file
-maps and address reservations would count), a fixed mmap threshold (glibc's own grows and fragments the heap, which
-costs a quarter of the budget), and a fresh process. The fixed threshold slows every temporary down: use it where memory
+allocation failures follow, exact to the batch. Conditions, each measured: RLIMIT_DATA and not RLIMIT_AS (file maps and
+address reservations would count); a fixed mmap threshold (glibc's own grows and fragments the heap, which costs a
+quarter of the budget); the buffers that BLAS keeps grown to their full size before the baseline is read (see
+`bench.runtimes.loading.warm_up`); a fresh process. The fixed threshold slows every temporary down: use it where memory
 is measured, never where time is.
 """
 

@@ -7,6 +7,7 @@ A child dies with its parent: it watches for that from inside (`enter`). Imports
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -110,8 +111,7 @@ class Child:
     def kill(self) -> None:
         """End the process and all its descendants; nothing happens where it has ended."""
         if self._process.is_alive():
-            for process in _tree(self.pid):
-                process.kill()
+            _end(self.pid)
             self._process.join(10)
         self._pipe.close()
         self._forget()
@@ -127,15 +127,15 @@ class Child:
             return ""
 
 
-def _tree(pid: int) -> list:
-    """The process and its descendants, leaves first."""
+def _end(pid: int) -> None:
+    """Kill a process and its descendants, leaves first; those that end by themselves meanwhile are fine."""
     import psutil
 
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
-        return [*reversed(top.children(recursive=True)), top]
-    except psutil.NoSuchProcess:
-        return []
+        for process in [*reversed(top.children(recursive=True)), top]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 # -- inside the child -------------------------------------------------------------------------------------------------

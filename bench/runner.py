@@ -26,6 +26,7 @@ from bench.measurement import Bounds, Environment, Frontier, Measurement, Memory
 from bench.outcomes import Verdict
 from bench.runtimes.protocol import Options
 from bench.schedule import Group, Planned, Schedule
+from shortllama import files
 from shortllama.errors import IncomparableError
 
 # Outcomes that make a sweep end with exit code 1.
@@ -99,7 +100,7 @@ def _has_rows(file: Path) -> bool:
     if not file.exists():
         return False
     store.Writer(file).close()  # mends a torn last line
-    return any(b'"kind":"measurement"' in line for line in file.open("rb"))
+    return b'"kind":"measurement"' in files.read_bytes(file)
 
 
 def _environments(plan: Schedule, settings: Settings) -> dict[bool, Environment]:

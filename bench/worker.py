@@ -152,7 +152,7 @@ def _open_memory_pass(job: Job) -> Callable[[Job, Session], Finished]:
     tiny.probe()
     tiny.close()
     del tiny
-    loading.warm_up(job.subject)
+    loading.warm_up(job.subject, job.options)
     budget.settle()
     baseline = budget.resident_bytes()
     budget.limit_data(job.limit_bytes)

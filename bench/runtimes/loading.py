@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from torch.nn import functional
 
 from bench import budget, outcomes
 from bench.runtimes.protocol import Options, OutOfMemory
 from bench.subjects import Subject
 from shortllama import checkpoint, surgery
 from shortllama.errors import InputError
+from shortllama.shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,17 +70,38 @@ def load(subject: Subject, options: Options) -> tuple[PreTrainedModel, Any]:
     return model.eval(), tokenizer
 
 
-def warm_up(subject: Subject) -> None:
-    """Load what loading the subject brings into the process beside its weights: the tokenizer's library, above all.
+# Numbers of rows at which BLAS chooses other kernels, with buffers of other sizes.
+_ROWS = tuple(1 << power for power in range(10))
 
-    Several MiB that no device would hold: a memory pass has them before its baseline. What cannot be loaded is left
-    for `load` to report.
+
+def warm_up(subject: Subject, options: Options) -> None:
+    """Bring into the process what running the subject will, beside its weights: code, and the buffers of BLAS.
+
+    Tens of MiB that would otherwise count against a memory budget or not, depending on the cells run before. MKL keeps
+    a buffer for every new size of product, so each matrix size is multiplied once with every number of rows; after
+    that its pool was seen to grow by less than 1 MiB. The tokenizer's library comes with the tokenizer; one that cannot
+    be loaded is left for `load` to report.
     """
+    dtype = surgery.torch_dtype(options.dtype)
+    with torch.inference_mode():
+        for rows, columns in sorted(_matrices(subject.shape)):
+            weight = torch.ones(rows, columns, dtype=dtype, device=options.device)
+            for tokens in _ROWS:
+                functional.linear(weight.new_ones(1, tokens, columns), weight)
     if subject.folder is not None:
         from transformers import AutoTokenizer
 
         with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
             AutoTokenizer.from_pretrained(subject.folder)
+
+
+def _matrices(shape: ModelShape) -> set[tuple[int, int]]:
+    """The sizes (out, in) of every matrix of a model."""
+    sizes = {(shape.vocabulary, shape.hidden)}
+    for block in set(shape.blocks):
+        for width in (block.query_heads * shape.head_dim, block.kv_heads * shape.head_dim, block.neurons):
+            sizes |= {(width, shape.hidden), (shape.hidden, width)} if width else set()
+    return sizes
 
 
 def random_prompt(vocabulary: int, batch: int, prompt: int, options: Options) -> torch.Tensor:

@@ -1,0 +1,185 @@
+"""A measuring child reports what happened in each cell; on a CPU memory ends for real, where the memory model says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from bench import children, environment, memory, outcomes, worker
+from bench.cells import Cell
+from bench.runtimes.protocol import Options
+from bench.runtimes.roofline import Script
+from bench.subjects import Subject
+from shortllama.shape import ModelShape
+
+MIB = 1 << 20
+
+# Large enough that its tensors outweigh pages and code, small enough to build at once: 6.3 MiB of weights.
+SMALL = ModelShape.uniform(
+    vocabulary=512, hidden=128, head_dim=32, blocks=6, query_heads=4, kv_heads=4, neurons=512, tied=True
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    """The fork server of this test process: with torch, whichever test starts it."""
+    children.serve(children.TORCH_MODULES, environment.child_variables(1))
+
+
+def cell(batch: int, runtime: str = "roofline", prompt: int = 8, output: int = 8) -> Cell:
+    return Cell("small", runtime, "float32", "sdpa", prompt, output, "none", batch)
+
+
+def job(*cells: Cell, **more: Any) -> worker.Job:
+    device = "cpu" if cells[0].runtime != "roofline" else "rtx3090"
+    options = Options("float32", cells[0].attention, device, 0, 1)
+    return worker.Job(Subject("small", SMALL, "small"), cells[0].runtime, options, cells, **more)
+
+
+def in_process(work: worker.Job) -> list[worker.Message]:
+    """Run a job here: a simulated one needs no process of its own."""
+    sent: list[bytes] = []
+    worker.run(msgspec.json.encode(work), sent.append)
+    return [worker.DECODER.decode(message) for message in sent]
+
+
+def in_child(work: worker.Job) -> list[Any]:
+    heard: list[Any] = []
+    with children.Child(worker.run, msgspec.json.encode(work), environment.child_variables(1)) as child:
+        try:
+            while True:
+                heard.append(worker.DECODER.decode(child.receive(120)))
+        except children.Ended as end:
+            heard.append(end)
+    return heard
+
+
+def finished(messages: list[Any]) -> dict[int, worker.Finished]:
+    return {one.index: one for one in messages if isinstance(one, worker.Finished)}
+
+
+def script(**faults: Any) -> str:
+    return msgspec.json.encode(Script(**faults)).decode()
+
+
+# -- messages -----------------------------------------------------------------------------------------------------
+
+
+def test_a_simulated_job_reports_every_cell_in_order() -> None:
+    messages = in_process(job(cell(1), cell(4), timing="careful", cell_seconds=1.0, script=script()))
+    kinds = [type(one) for one in messages]
+    assert kinds == [worker.Loaded, worker.Began, worker.Finished, worker.Began, worker.Finished]
+    for index, batch in ((0, 1), (1, 4)):
+        one = finished(messages)[index]
+        assert one.tokens == batch * 8
+        assert len(one.samples.call_s) >= 10
+        assert len(one.samples.step_s) == 7
+        assert one.memory.allocated == memory.predict(SMALL, "roofline", "float32", batch, 8, 8)
+
+
+def test_the_paper_rule_is_ten_and_twenty() -> None:
+    messages = in_process(job(cell(1), timing="paper", cell_seconds=1.0, script=script()))
+    one = finished(messages)[0]
+    assert (one.warm_up, len(one.samples.call_s), one.stop) == (10, 20, "repeats")
+
+
+@pytest.mark.parametrize(("fault", "oom"), [({"oom_from": 2}, True), ({"fail_from": 2}, False)])
+def test_a_fault_ends_the_job_and_names_its_cell(fault: dict[str, int], oom: bool) -> None:
+    cells = (cell(1), cell(2), cell(4))
+    last = in_process(job(*cells, timing="careful", cell_seconds=1.0, script=script(**fault)))[-1]
+    assert isinstance(last, worker.Broke)
+    assert (last.index, last.oom) == (1, oom)
+    assert "batch 2" in last.text
+
+
+def test_a_subject_that_does_not_fit_breaks_before_its_first_cell() -> None:
+    work = job(cell(1), timing="careful", cell_seconds=1.0, script=script())
+    tight = msgspec.structs.replace(work, options=msgspec.structs.replace(work.options, budget_bytes=MIB))
+    (only,) = in_process(tight)
+    assert isinstance(only, worker.Broke)
+    assert (only.index, only.oom) == (-1, True)
+
+
+# -- memory, for real ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["eager", "static"])
+def test_peaks_are_those_of_the_memory_model(runtime: str) -> None:
+    batches = (16, 64, 256)
+    found = finished(in_child(job(*(cell(b, runtime, 16, 24) for b in batches), limit_bytes=1024 * MIB)))
+    for index, batch in enumerate(batches):
+        expected = memory.predict(SMALL, runtime, "float32", batch, 16, 24)
+        seen = found[index].memory.allocated
+        # Beside tensors there are pages of code that run for the first time, some 3 MiB.
+        assert seen == pytest.approx(expected, rel=0.08, abs=4 * MIB), (batch, seen, expected)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "static"])
+def test_memory_ends_where_the_model_says(runtime: str) -> None:
+    limit = 64 * MIB
+    most = memory.largest_batch(SMALL, runtime, "float32", 16, 24, limit)
+    batches = (1, round(0.95 * most), round(1.05 * most), 2 * most)
+    messages = in_child(job(*(cell(b, runtime, 16, 24) for b in batches), limit_bytes=limit))
+    assert sorted(finished(messages)) == [0, 1]
+    broke = messages[-2]
+    assert isinstance(broke, worker.Broke)
+    assert (broke.index, broke.oom) == (2, True)
+    assert "can't allocate memory" in broke.text
+
+
+def test_a_whole_call_fits_where_its_probe_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The probe stands for the whole generation; were its peak lower, a cell could pass it and then run out of memory.
+    cells = tuple(cell(b, "eager", 16, 24) for b in (64, 200))
+    probed = finished(in_child(job(*cells, limit_bytes=1024 * MIB)))
+    whole = finished(in_child_calling(job(*cells, limit_bytes=1024 * MIB)))
+    for index in (0, 1):
+        assert probed[index].memory.allocated == pytest.approx(whole[index].memory.allocated, rel=0.03)
+
+
+def in_child_calling(work: worker.Job) -> list[Any]:
+    heard: list[Any] = []
+    with children.Child(run_whole_calls, msgspec.json.encode(work), environment.child_variables(1)) as child:
+        for _ in range(1 + 2 * len(work.cells)):
+            heard.append(worker.DECODER.decode(child.receive(120)))
+    return heard
+
+
+def run_whole_calls(work: bytes, send: Any) -> None:
+    """Entry of a child: the memory pass with whole calls in place of probes."""
+    from bench.runtimes.loop import Loop
+
+    def call(self: Any) -> None:
+        self.call()
+
+    Loop.probe = call  # type: ignore[method-assign]
+    worker.run(work, send)
+
+
+def test_weights_count_against_the_budget() -> None:
+    (broke, end) = in_child(job(cell(1, "eager"), limit_bytes=4 * MIB))
+    assert isinstance(broke, worker.Broke)
+    assert (broke.index, broke.oom) == (-1, True)
+    assert isinstance(end, children.Ended)
+
+
+def test_a_timing_pass_has_no_limit_and_real_samples() -> None:
+    messages = in_child(job(cell(1, "static"), cell(4, "static"), timing="careful", cell_seconds=0.05))
+    found = finished(messages)
+    assert sorted(found) == [0, 1]
+    for one in found.values():
+        assert one.stop in ("interval", "flat", "time", "repeats")
+        assert len(one.samples.call_s) >= 3
+        assert min(one.samples.call_s) > sum(one.samples.step_s) / 10
+        assert one.memory.allocated is None
+
+
+def test_a_subject_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:
+    work = job(cell(1, "eager"), timing="careful", cell_seconds=0.05)
+    missing = msgspec.structs.replace(work, subject=Subject("gone", SMALL, "gone", folder=str(tmp_path / "gone")))
+    broke = in_child(missing)[0]
+    assert isinstance(broke, worker.Broke)
+    assert not broke.oom
+    assert outcomes.classify(broke.text, None, None).outcome == "failed"
+    assert "gone" in broke.text
