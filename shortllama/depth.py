@@ -13,7 +13,7 @@ from shortllama.request import Request
 from shortllama.shape import ModelShape
 
 
-def goal(
+def goal_for(
     method: str,
     *,
     shape: ModelShape,
@@ -36,7 +36,7 @@ def goal(
 
 def keep_pieces(request: Request) -> tuple[BlockKeep, ...]:
     """Return what is left after the goal's count of pieces has gone, in the order of the scores."""
-    wanted = goal(
+    wanted = goal_for(
         request.method.name,
         shape=request.shape,
         target=request.target,

@@ -6,11 +6,14 @@ Without scores the plan is blind: the right shape, with an arbitrary choice of u
 from __future__ import annotations
 
 from shortllama import depth, methods, request, width
+from shortllama.depth import goal_for
 from shortllama.plan import Plan, Provenance, Target, make_plan, shape_after
 from shortllama.removals import Unit
 from shortllama.request import Request
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
+
+__all__ = ["goal_for", "make_plan_for", "remark"]
 
 
 def make_plan_for(

@@ -5,18 +5,28 @@ The model comes back exactly as it was. Knows no method, no target count and no 
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from shortllama import criteria, families, stack, surgery, texts
+import msgspec
+from torch import Tensor
+
+from shortllama import criteria, families, removals, stack, surgery, texts
 from shortllama.calibration import Calibration
 from shortllama.errors import InputError
+from shortllama.plan import shape_after
+from shortllama.removals import Goal, Piece
 from shortllama.scores import Cost, Scores, check_finite
 from shortllama.shape import ModelShape
 
 Progress = Callable[[int, int], None]
+
+# Progress of an iterative run is told in these parts of a step.
+_FINE = 1000
 
 
 def score(
@@ -24,6 +34,7 @@ def score(
     criterion: str,
     calibration: Calibration | None = None,
     *,
+    unit: criteria.Unit | None = None,
     towards: ModelShape | None = None,
     seed: int = 0,
     reductions: criteria.Reductions | None = None,
@@ -31,39 +42,165 @@ def score(
 ) -> Scores:
     """Return the scores of `criterion` on a transformers model; higher = keep.
 
-    `calibration` is needed by all but mag, mag-sp, random and last, which ignore it. `towards`: the shape that the
-    model will be pruned to; wanda-sp feeds the outputs of blocks pruned to it on, and dense outputs without it.
-    `reductions`: how mag and taylor aggregate weights, by default the published sums.
-    `seed` is for random scores and bootstrap intervals. `progress(done, total)` is called as the work goes on.
-    Equal arguments give equal scores on one machine; weights, flags and mode of `model` are left as they were.
+    `calibration` is needed by all but mag, mag-sp, random and last, which ignore it. `unit`: "module" scores attention
+    and FFNs apart, None is the criterion's own. `towards`: the shape that the model will be pruned to; wanda-sp feeds
+    the outputs of blocks pruned to it on, and dense outputs without it. `reductions`: how mag and taylor aggregate
+    weights, by default the published sums. `seed` is for random scores and bootstrap intervals. `progress(done, total)`
+    is called as the work goes on. Equal arguments give equal scores on one machine; weights, flags and mode of `model`
+    are left as they were.
 
     Raises InputError for an unknown criterion, missing calibration, ids outside the vocabulary, a model without
     weights, and scores that are not finite or all equal; UnsupportedError for an unknown family.
     """
+    chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress)
+    task = dataclasses.replace(task, towards=towards)
+    cost = start_cost(model, _tokens(task))
+    with stack.quiet(model):
+        found = chosen.score(task)
+    return _scores(chosen, task, found, cost=cost())
+
+
+def iterate(
+    model: Any,
+    criterion: str,
+    calibration: Calibration | None = None,
+    *,
+    goal: Goal,
+    protect: tuple[int, int] = (0, 0),
+    unit: criteria.Unit | None = None,
+    seed: int = 0,
+    reductions: criteria.Reductions | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Return scores whose `order` holds what goes first, second, ... when what is left is scored again each time.
+
+    Greedy (Shortened LLaMA sec. 5 without retraining, SLEB): each step scores the model without what is gone, and
+    removes the unprotected piece that ranks lowest there (`removals.ranking`), until `goal` is settled or one piece is
+    left. Nothing is copied: what is gone is made transparent, so a step of ppl or kl on a blocks costs a (a + 1) / 2
+    block passes. KL is to the dense model throughout. The lists are those of the first step; `details["steps"]` has
+    the score at which each piece went. Arguments and errors otherwise as in `score`.
+    """
+    chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress)
+    assert task.unit != "width", "width methods are not iterative here"
+    free = removals.pieces(task.shape, task.unit, protect)
+    cost = start_cost(model, 0)
+    limit = goal.steps([goal.size(task.shape, piece) for piece in free])
+    steps: list[tuple[Piece, float]] = []
+    first: Scores | None = None
+    kept: dict[int, Tensor] = {}
+    with stack.quiet(model):
+        while not _settled(task, goal, free, [piece for piece, _ in steps]):
+            gone = [piece for piece, _ in steps]
+            now = _without(task, gone, kept, _part_of(task.progress, len(steps), limit))
+            with _left_out(task, gone):
+                scores = _scores(chosen, now, chosen.score(now))
+            first = first or scores
+            steps.append(_lowest(scores, now, [piece for piece in free if piece not in gone]))
+    if first is None:
+        raise InputError("nothing may go: the target removes nothing, or protection leaves one block; ask for more")
+    tokens = _tokens(task) * len(steps)
+    record = [{"removed": str(piece), "score": value} for piece, value in steps]
+    return msgspec.structs.replace(
+        first,
+        order=tuple(str(piece) for piece, _ in steps),
+        details={**(first.details or {}), "steps": record},
+        cost=msgspec.structs.replace(cost(), tokens=tokens),
+    )
+
+
+def _prepare(
+    model: Any,
+    criterion: str,
+    calibration: Calibration | None,
+    unit: criteria.Unit | None,
+    seed: int,
+    reductions: criteria.Reductions | None,
+    progress: Progress | None,
+) -> tuple[criteria.Criterion, criteria.Task]:
+    """Check everything that can be checked before any work."""
     chosen = criteria.lookup(criterion)
+    if unit is not None and unit not in chosen.UNITS:
+        raise InputError(f"criterion {chosen.NAME} scores by {' or '.join(chosen.UNITS)}, not by {unit}")
     how = reductions or criteria.Reductions()
     how.check(chosen.NAME)
     adapter = families.adapter(model)
     shape = surgery.shape_of(model)
     used = _checked(chosen, calibration, shape, model)
-    task = criteria.Task(adapter, shape, used, seed, towards, progress or _silent, how)
-    cost = start_cost(model, used.tokens if used else 0)
-    with stack.quiet(model):
-        found = chosen.score(task)
+    task = criteria.Task(adapter, shape, used, seed, None, progress or _silent, how, unit or chosen.UNITS[0])
+    return chosen, task
+
+
+def _tokens(task: criteria.Task) -> int:
+    return task.calibration.tokens if task.calibration else 0
+
+
+def _scores(
+    chosen: criteria.Criterion, task: criteria.Task, found: criteria.Measured, cost: Cost | None = None
+) -> Scores:
     scores = Scores(
         criterion=chosen.NAME,
-        unit=chosen.UNIT,
-        base_digest=shape.digest(),
+        unit=task.unit,
+        base_digest=task.shape.digest(),
         blocks=found.blocks,
+        attention=found.attention,
+        mlp=found.mlp,
         kv_groups=found.kv_groups,
         neurons=found.neurons,
         runs=found.runs,
-        calibration=used.description if used else None,
+        calibration=task.calibration.description if task.calibration else None,
         details=found.details,
-        cost=cost(),
+        cost=cost,
     )
     check_finite(scores)
     return scores
+
+
+# -- iterative runs: pieces are named by their blocks in the whole model, scores by their positions in what is left ----
+
+
+def _settled(task: criteria.Task, goal: Goal, free: Sequence[Piece], gone: Sequence[Piece]) -> bool:
+    """Whether no further removal needs to be ranked; the last piece of the model never goes."""
+    assert task.unit != "width"
+    left = [goal.size(task.shape, piece) for piece in free if piece not in gone]
+    if not left or len(gone) + 1 >= len(removals.pieces(task.shape, task.unit)):
+        return True
+    return goal.settled(sum(goal.size(task.shape, piece) for piece in gone), min(left))
+
+
+def _without(task: criteria.Task, gone: Sequence[Piece], kept: dict[int, Tensor], progress: Progress) -> criteria.Task:
+    """Return the task of scoring what is left."""
+    keep = removals.keep_after(task.shape, gone)
+    members = tuple(one.index for one in keep)
+    left = shape_after(task.shape, keep)
+    return dataclasses.replace(task, shape=left, members=members, kept=kept, progress=progress)
+
+
+@contextmanager
+def _left_out(task: criteria.Task, gone: Sequence[Piece]) -> Generator[None]:
+    """Make what is gone transparent: blocks as a whole where nothing of them is left."""
+    members = {keep.index for keep in removals.keep_after(task.shape, gone)}
+    parts = {piece if piece.block in members else Piece(piece.block) for piece in gone}
+    with ExitStack() as restore:
+        for block, part in parts:
+            restore.enter_context(stack.left_out(task.adapter, task.adapter.blocks[block], part))
+        yield
+
+
+def _lowest(scores: Scores, now: criteria.Task, free: Sequence[Piece]) -> tuple[Piece, float]:
+    """Return the piece that goes next, by its name in the whole model, and its score."""
+    assert now.members is not None
+    position = {block: index for index, block in enumerate(now.members)}
+    local = [Piece(position[block], part) for block, part in free]
+    block, part = removals.ranking(scores, now.shape, local)[0]
+    values = {"block": scores.blocks, "attention": scores.attention, "mlp": scores.mlp}[part]
+    value = None if values is None else values[block]
+    assert value is not None, "what was ranked has a score"
+    return Piece(now.members[block], part), value
+
+
+def _part_of(progress: Progress, step: int, steps: int) -> Progress:
+    """Return a progress function for one step of several."""
+    return lambda done, total: progress(step * _FINE + done * _FINE // total, steps * _FINE)
 
 
 def _silent(done: int, total: int) -> None:

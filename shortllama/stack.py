@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from shortllama.families import Adapter
 
 
 class _Stop(Exception):
@@ -142,6 +145,26 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Generat
         yield
     finally:
         del module.forward  # type: ignore[misc]
+
+
+@contextmanager
+def left_out(adapter: Adapter, block: nn.Module, part: str) -> Generator[None]:
+    """Let a block ("block"), or only its "attention" or "mlp", compute nothing and add nothing to the residual stream.
+
+    The outputs are exactly those of the model without that part and its norm: x + 0 is x.
+    """
+    module: Any = {"block": lambda _: block, "attention": adapter.attention, "mlp": adapter.mlp}[part](block)
+    assert module is not None, f"the block has no {part} to leave out"
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        hidden_BTD = _entering(args, kwargs)
+        if part == "block":
+            return hidden_BTD
+        added_BTD = torch.zeros_like(hidden_BTD)
+        return (added_BTD, None) if part == "attention" else added_BTD
+
+    with _forward_replaced(module, nothing):
+        yield
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from shortllama.criteria import angular, removal, weights
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.families import adapter
 from shortllama.plan import BlockKeep, Target, block_keep, make_plan
+from shortllama.planning import make_plan_for
 from shortllama.shape import ModelShape
 from shortllama.stack import Stack, token_nll
 from tests.strategies import plan_of
@@ -75,10 +76,12 @@ def test_every_criterion_has_its_four_names_and_every_method_its_criterion():
     for name in criteria.CRITERIA:
         found = criteria.lookup(name)
         assert name == found.NAME
-        assert found.UNIT in ("block", "width")
+        assert found.UNITS in (("block",), ("block", "module"), ("width",))
         assert found.NEEDS in ("nothing", "weights", "calibration")
     for method in methods.METHODS.values():
-        assert criteria.lookup(method.criterion).UNIT == method.unit
+        found = criteria.lookup(method.criterion)
+        assert found.UNITS[0] == method.unit
+        assert ("module" in found.UNITS) == method.modules
 
 
 def test_an_unknown_criterion_names_near_ones():
@@ -435,6 +438,89 @@ def test_taylor_of_16_bit_weights_is_close_to_float32(dtype):
     exact = build()
     exact.load_state_dict({name: p.double() for name, p in stored.items()})
     assert scores.blocks == pytest.approx(by_autograd(exact, tokens()), rel=0.05)
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+def without(part: str, gone: int, blocks: int = 4) -> tuple[BlockKeep, ...]:
+    lost = BlockKeep(gone, kv_groups="") if part == "attention" else BlockKeep(gone, neurons="")
+    return tuple(lost if index == gone else BlockKeep(index) for index in range(blocks))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ppl_and_kl_by_module_equal_physically_rebuilt_models(family, monkeypatch):
+    model, used = build(family), tokens()
+    few_rows(monkeypatch, 2)
+    found = {name: scoring.score(model, name, used, unit="module") for name in ("ppl", "kl")}
+    for part in ("attention", "mlp"):
+        for gone in range(4):
+            rebuilt = surgery.apply(plan_of(surgery.shape_of(model), without(part, gone)), model)
+            ppl, kl = (getattr(found[name], part)[gone] for name in ("ppl", "kl"))
+            assert ppl == pytest.approx(math.exp(mean_nll(rebuilt, used)), rel=1e-12)
+            divergences = [
+                (np.exp(p) * (p - log_probabilities(rebuilt, sequence))).sum()
+                for sequence in used.sequences
+                for p in [log_probabilities(model, sequence)]
+            ]
+            assert kl == pytest.approx(sum(divergences) / 45, rel=1e-9)
+            low, high = (found["ppl"].details or {})["interval"][part][gone]
+            assert low < ppl < high
+    assert found["ppl"].unit == "module"
+    assert found["ppl"].blocks is None
+    assert (found["kl"].details or {})["dense"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mag_and_taylor_of_the_modules_add_up_to_those_of_the_block(family):
+    model, used = build(family), tokens()
+    for name in ("mag", "taylor", "taylor-sample", "taylor-vector"):
+        blocks = scoring.score(model, name, used).blocks
+        modules = scoring.score(model, name, used, unit="module")
+        sums = [(a or 0) + (m or 0) for a, m in zip(modules.attention or (), modules.mlp or (), strict=True)]
+        assert sums == pytest.approx(list(blocks or ()), rel=1e-9)
+    mlp = scoring.score(model, "mag", unit="module").mlp
+    for index, block in enumerate(model.model.layers):
+        weights = [
+            block.post_attention_layernorm.weight,
+            *(p for n, p in block.mlp.named_parameters() if "weight" in n),
+        ]
+        assert (mlp or ())[index] == pytest.approx(sum(w.detach().abs().sum().item() for w in weights))
+
+
+def test_modules_that_are_not_there_have_no_score():
+    model = build()
+    pruned = surgery.apply(plan_of(surgery.shape_of(model), without("attention", 1)), model)
+    for name in ("ppl", "kl", "taylor", "mag"):
+        scores = scoring.score(pruned, name, tokens(), unit="module")
+        assert [value is None for value in scores.attention or ()] == [False, True, False, False]
+        assert None not in (scores.mlp or (None,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_the_attention_of_block_0_generates_with_its_cache(family):
+    model = build(family)
+    shape = surgery.shape_of(model)
+    scores = scoring.score(model, "ppl", tokens(), unit="module")
+    # Attention of block 0 first, whatever the model says.
+    forced = msgspec.structs.replace(scores, attention=(0.5, *(scores.attention or ())[1:]), details={"dense": 0.4})
+    target = Target("target-params", shape.parameters - shape.attention_parameters(shape.blocks[0]))
+    plan = make_plan_for("ppl", model="m", shape=shape, target=target, scores=forced, unit="module")
+    assert plan.keep[0] == BlockKeep(0, kv_groups="")
+    pruned = surgery.apply(plan, model)
+    ids = torch.tensor([[3, 1, 4]])
+    cached = pruned.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    plain = ids
+    with torch.no_grad():
+        for _ in range(8):
+            chosen = pruned(input_ids=plain, use_cache=False).logits[:, -1].argmax(dim=-1, keepdim=True)
+            plain = torch.cat([plain, chosen], dim=1)
+    assert torch.equal(cached, plain)
+
+
+def test_criteria_that_score_whole_blocks_refuse_modules():
+    with pytest.raises(InputError, match="criterion bi scores by block, not by module"):
+        scoring.score(build(), "bi", tokens(), unit="module")
 
 
 # -- bi, mag, random, last --------------------------------------------------------------------------------------------

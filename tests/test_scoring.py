@@ -62,13 +62,13 @@ def test_scores_describe_themselves_and_repeat(model, used, criterion, tiny_shap
     calls: list[tuple[int, int]] = []
     scores = scoring.score(model, criterion, used, seed=3, progress=lambda done, total: calls.append((done, total)))
     chosen = criteria.lookup(criterion)
-    assert (scores.criterion, scores.unit) == (chosen.NAME, chosen.UNIT)
+    assert (scores.criterion, scores.unit) == (chosen.NAME, chosen.UNITS[0])
     assert scores.base_digest == tiny_shape.digest()
     assert scores.calibration == (used.description if chosen.NEEDS == "calibration" else None)
     assert scores.cost is not None
     assert scores.cost.wall_s > 0
     assert scores.cost.tokens == (32 if chosen.NEEDS == "calibration" else 0)
-    if chosen.UNIT == "block":
+    if chosen.UNITS[0] == "block":
         assert scores.blocks is not None
         assert len(scores.blocks) == 4
     else:

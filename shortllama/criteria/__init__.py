@@ -1,19 +1,22 @@
 """Criteria: what is measured on a model to rank its parts. One small file each, with the same four names in it.
 
-`NAME`; `UNIT` ("block" or "width"); `NEEDS` ("nothing", "weights" or "calibration"); `score(task) -> Measured`, higher
-= keep. This module knows their names without importing them, so that commands list them without torch.
+`NAME`; `UNITS` (what it can score, its default first: "block", "module", "width"); `NEEDS` ("nothing", "weights" or
+"calibration"); `score(task) -> Measured`, higher = keep. This module knows their names without importing them, so that
+commands list them without torch.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from shortllama import removals
 from shortllama.errors import InputError
+from shortllama.removals import Part, Piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from shortllama.scores import Scores
     from shortllama.shape import ModelShape
     from shortllama.stack import Stack
+
+Unit = Literal["block", "module", "width"]
 
 CRITERIA: dict[str, str] = {
     "ppl": "shortllama.criteria.ppl",
@@ -74,6 +79,8 @@ class Measured:
     """What a criterion found, with the lists of its unit filled in; see `Scores`."""
 
     blocks: tuple[float, ...] | None = None
+    attention: tuple[float | None, ...] | None = None
+    mlp: tuple[float | None, ...] | None = None
     runs: dict[str, tuple[float, ...]] | None = None
     kv_groups: tuple[tuple[float, ...], ...] | None = None
     neurons: tuple[tuple[float, ...], ...] | None = None
@@ -86,6 +93,8 @@ class Task:
 
     `towards` is the shape the model is going to be pruned to, for criteria that feed pruned outputs on, or None.
     `progress(done, total)` is called after each piece of work, in units of roughly equal cost.
+    In an iterative run, `members` are the blocks of the model that are still there (None: all), `shape` is what is left
+    of it, and `kept` is a store that lasts from step to step (None: there is one step).
     """
 
     adapter: Adapter
@@ -95,13 +104,34 @@ class Task:
     towards: ModelShape | None
     progress: Callable[[int, int], None]
     reductions: Reductions = Reductions()
+    unit: Unit = "block"
+    members: tuple[int, ...] | None = None
+    kept: dict[int, Tensor] | None = None
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What is scored by block or module, by positions among the members."""
+        assert self.unit != "width", "width criteria score inside the blocks"
+        return removals.pieces(self.shape, self.unit)
+
+    def lay_out(self, values: Sequence[Any]) -> dict[str, list[Any]]:
+        """Return one value a piece as the lists of a scores file: `blocks`, or `attention` and `mlp`."""
+        by_piece = dict(zip(self.pieces, values, strict=True))
+        parts: tuple[Part, ...] = ("block",) if self.unit == "block" else ("attention", "mlp")
+        lists = {part: [by_piece.get(Piece(i, part)) for i in range(len(self.shape.blocks))] for part in parts}
+        return {"blocks" if part == "block" else part: found for part, found in lists.items()}
+
+    def measured(self, values: Sequence[float], details: dict[str, Any] | None = None) -> Measured:
+        """Return one score a piece, in order, as what the criterion found."""
+        return Measured(details=details, **{name: tuple(found) for name, found in self.lay_out(values).items()})
 
     @cached_property
     def stack(self) -> Stack:
-        """The model as a stack of blocks."""
+        """The model as a stack of the blocks that are there."""
         from shortllama.stack import Stack
 
-        return Stack(self.adapter.model, list(self.adapter.blocks))
+        blocks = list(self.adapter.blocks)
+        return Stack(self.adapter.model, blocks if self.members is None else [blocks[index] for index in self.members])
 
     @property
     def sequences(self) -> int:
@@ -124,7 +154,7 @@ class Criterion(Protocol):
     """What every file of this package exports."""
 
     NAME: str
-    UNIT: Literal["block", "width"]
+    UNITS: tuple[Unit, ...]
     NEEDS: Literal["nothing", "weights", "calibration"]
 
     def score(self, task: Task) -> Measured:

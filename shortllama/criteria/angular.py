@@ -15,7 +15,7 @@ from torch import Tensor
 from shortllama.criteria import Measured, Task, trace
 
 NAME = "angular"
-UNIT = "block"
+UNITS = ("block",)
 NEEDS = "calibration"
 
 

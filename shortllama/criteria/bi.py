@@ -5,7 +5,7 @@ from __future__ import annotations
 from shortllama.criteria import Measured, Task, trace
 
 NAME = "bi"
-UNIT = "block"
+UNITS = ("block",)
 NEEDS = "calibration"
 
 

@@ -1,4 +1,4 @@
-"""How far the model's predictions move with one block removed: KL divergence of dense to pruned next-token
+"""How far the model's predictions move with one part removed: KL divergence of dense to pruned next-token
 distributions, in nats.
 
 A forward-only criterion beside ppl that needs no true text: it compares with the model instead. 0 for a block that
@@ -16,23 +16,17 @@ from torch import Tensor
 from shortllama.criteria import Measured, Task, removal
 
 NAME = "kl"
-UNIT = "block"
+UNITS = ("block", "module")
 NEEDS = "calibration"
 
 
 def score(task: Task) -> Measured:
-    """Return mean over all positions of KL(dense || without the block), in nats; higher = keep.
+    """Return mean over all positions of KL(dense || without the block or module), in nats; higher = keep.
 
-    `details`: `interval` (a 95 % bootstrap interval over sequences for each block), `sequence_kl` (L lists: the
-    divergence of each sequence summed over its positions), `sequence_tokens` (positions).
+    `details` as those of ppl: `dense` (0, or in an iterative run what is gone already costs), `interval`,
+    `sequence_kl` (summed over the positions of each sequence), `sequence_tokens` (positions).
     """
-    losses = removal.measure(task, divergence)
-    details = {
-        "interval": removal.interval_of(losses, task.seed, np.asarray),
-        "sequence_kl": losses.without_LN.tolist(),
-        "sequence_tokens": losses.positions_N.tolist(),
-    }
-    return Measured(blocks=tuple(losses.without_L.tolist()), details=details)
+    return removal.measured(task, removal.measure(task, divergence), "sequence_kl", np.asarray)
 
 
 def divergence(dense_BTV: Tensor, _: Tensor) -> Callable[[Tensor], Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shortllama.criteria import Measured, Task
 
 NAME = "last"
-UNIT = "block"
+UNITS = ("block",)
 NEEDS = "nothing"
 
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 import torch
 
 from shortllama.criteria import Measured, Task
-from shortllama.criteria.weights import aggregate, rows, scored_weights
+from shortllama.criteria.weights import aggregate, by_piece, rows
+from shortllama.removals import Piece
 
 NAME = "mag"
-UNIT = "block"
+UNITS = ("block", "module")
 NEEDS = "weights"
 
 
 @torch.no_grad()
 def score(task: Task) -> Measured:
-    """Return sum over the block's matrices and norms of |w|, or the aggregation asked for; higher = keep."""
-    scores: list[float] = []
-    for block in task.stack.blocks:
-        values = {name: rows(weight.abs()) for name, weight in scored_weights(task.adapter, block).items()}
-        scores.append(aggregate(values, task.reductions))
-        task.progress(len(scores), len(task.stack))
-    return Measured(blocks=tuple(scores), details=task.reductions.record())
+    """Return sum over the matrices and norms of each block or module of |w|, or what is asked for; higher = keep."""
+    scores: dict[Piece, float] = {}
+    for block in range(len(task.stack)):
+        for piece, weights in by_piece(task, block).items():
+            values = {name: rows(weight.abs()) for name, weight in weights.items()}
+            scores[piece] = aggregate(values, task.reductions)
+        task.progress(block + 1, len(task.stack))
+    return task.measured([scores[piece] for piece in task.pieces], task.reductions.record())

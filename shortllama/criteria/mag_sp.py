@@ -12,7 +12,7 @@ from shortllama.criteria import Measured, Task
 from shortllama.criteria.weights import floats, per_group
 
 NAME = "mag-sp"
-UNIT = "width"
+UNITS = ("width",)
 NEEDS = "weights"
 
 

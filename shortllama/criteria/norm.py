@@ -9,7 +9,7 @@ from __future__ import annotations
 from shortllama.criteria import Measured, Task, trace
 
 NAME = "norm"
-UNIT = "block"
+UNITS = ("block",)
 NEEDS = "calibration"
 
 

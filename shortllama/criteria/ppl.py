@@ -14,24 +14,18 @@ from shortllama.criteria import Measured, Task, removal
 from shortllama.stack import token_nll
 
 NAME = "ppl"
-UNIT = "block"
+UNITS = ("block", "module")
 NEEDS = "calibration"
 
 
 def score(task: Task) -> Measured:
-    """Return exp(mean NLL over all predicted tokens) without each block, in nats; higher = keep.
+    """Return exp(mean NLL over all predicted tokens) without each block or module, in nats; higher = keep.
 
-    `details`: `dense` (nothing removed), `interval` (a 95 % bootstrap interval over sequences for each block),
-    `sequence_nll` (L lists: the summed NLL of each sequence without that block), `sequence_tokens` (predicted tokens).
+    `details`: `dense` (nothing left out), `interval` (a 95 % bootstrap interval over sequences for each part),
+    `sequence_nll` (the summed NLL of each sequence without each part), `sequence_tokens` (predicted tokens). By module,
+    interval and sequence_nll hold `attention` and `mlp`, null where a block has none.
     """
-    losses = removal.measure(task, _nll)
-    details = {
-        "dense": float(perplexity(losses.dense)),
-        "interval": removal.interval_of(losses, task.seed, perplexity),
-        "sequence_nll": losses.without_LN.tolist(),
-        "sequence_tokens": losses.positions_N.tolist(),
-    }
-    return Measured(blocks=tuple(perplexity(losses.without_L).tolist()), details=details)
+    return removal.measured(task, removal.measure(task, _nll), "sequence_nll", perplexity)
 
 
 def _nll(_: Tensor, ids_BT: Tensor) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 from shortllama.criteria import Measured, Task
 
 NAME = "random"
-UNIT = "block"
+UNITS = ("block",)
 NEEDS = "nothing"
 
 

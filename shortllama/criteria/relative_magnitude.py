@@ -7,7 +7,7 @@ from torch import Tensor
 from shortllama.criteria import Measured, Task, trace
 
 NAME = "relative-magnitude"
-UNIT = "block"
+UNITS = ("block",)
 NEEDS = "calibration"
 
 

@@ -2,19 +2,25 @@
 
 The hidden state entering each block is cached by one pass, and leaving block n out resumes at block n + 1: exactly
 L (L - 1) / 2 + L block passes a batch instead of the L (L - 1) of rebuilding the model for every block, with the same
-numbers. Memory beyond the model: L + 1 hidden states of one batch, and the logits that a comparison keeps.
+numbers. A module is left out by resuming at its own block. Memory beyond the model: L + 1 hidden states of one batch,
+and the logits that a comparison keeps.
+
+Legend: B batch, T tokens, D hidden, V vocabulary, N sequences, P positions measured, U parts left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shortllama.criteria import Task
+from shortllama.criteria import Measured, Task
+from shortllama.removals import Piece
+from shortllama.stack import left_out
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -25,10 +31,10 @@ Comparison = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over positions: `dense_N` of each sequence, `without_LN` with each block left out; `positions_N` counts."""
+    """Sums over positions: `dense_N` of each sequence, `without_UN` with each part left out; `positions_N` counts."""
 
     dense_N: np.ndarray
-    without_LN: np.ndarray
+    without_UN: np.ndarray
     positions_N: np.ndarray
 
     @property
@@ -37,54 +43,84 @@ class Losses:
         return float(self.dense_N.sum() / self.positions_N.sum())
 
     @property
-    def without_L(self) -> np.ndarray:
-        """The mean over all positions without each block."""
-        return self.without_LN.sum(axis=1) / self.positions_N.sum()
+    def without_U(self) -> np.ndarray:
+        """The mean over all positions without each part."""
+        return self.without_UN.sum(axis=1) / self.positions_N.sum()
 
 
 @torch.no_grad()
 def measure(task: Task, comparison: Comparison) -> Losses:
-    """Return what `comparison` measures on the dense logits, and on those without each block, by sequence."""
-    blocks, total = len(task.stack), task.sequences * (len(task.stack) + 1)
-    without_LN = np.zeros((blocks, task.sequences))
+    """Return what `comparison` measures with nothing left out, and without each of the task's pieces, by sequence."""
+    pieces = task.pieces
+    total = task.sequences * (len(pieces) + 1)
+    without_UN = np.zeros((len(pieces), task.sequences))
     dense_N, positions_N = np.zeros(task.sequences), np.zeros(task.sequences, dtype=np.int64)
     first = done = 0
     for ids_BT in task.batches():
         rows = slice(first, first + len(ids_BT))
         states, logits_BTV = task.stack.trace(ids_BT)
-        compare = comparison(logits_BTV, ids_BT)
+        compare = comparison(_reference(task, ids_BT, first, states[-1], logits_BTV), ids_BT)
         values_BP = compare(logits_BTV)
         del logits_BTV
         dense_N[rows], positions_N[rows] = _sums(values_BP), values_BP.shape[1]
-        for block in range(blocks):
+        for number, piece in enumerate(pieces):
             done += len(ids_BT)
             task.progress(done, total)
-            logits_BTV = task.stack.resume(ids_BT, states[block], at=block + 1)
-            without_LN[block, rows] = _sums(compare(logits_BTV))
+            without_UN[number, rows] = _sums(compare(_without(task, ids_BT, states, piece)))
         done += len(ids_BT)
         task.progress(done, total)
         first = rows.stop
-    return Losses(dense_N, without_LN, positions_N)
+    return Losses(dense_N, without_UN, positions_N)
 
 
-def interval(sums_LN: np.ndarray, positions_N: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and high ends (L,) of the percentile bootstrap interval of the mean over sequences.
+def _without(task: Task, ids_BT: Tensor, states: list[Tensor], piece: Piece) -> Tensor:
+    """Return the logits (B, T, V) without a piece, from the states that enter the blocks."""
+    if piece.part == "block":
+        return task.stack.resume(ids_BT, states[piece.block], at=piece.block + 1)
+    with left_out(task.adapter, task.stack.blocks[piece.block], piece.part):
+        return task.stack.resume(ids_BT, states[piece.block] if piece.block else None, at=piece.block)
 
-    All blocks share the resamples, so that their intervals move together. `sums_LN` holds sums, not means.
+
+def _reference(task: Task, ids_BT: Tensor, key: int, last_BTD: Tensor, logits_BTV: Tensor) -> Tensor:
+    """Return the logits of the model before anything was removed.
+
+    An iterative run keeps what left its last block in the first step, and runs the tail on it again: no block passes.
+    """
+    if task.kept is None:
+        return logits_BTV
+    dense_BTD = task.kept.setdefault(key, last_BTD)
+    return logits_BTV if dense_BTD is last_BTD else task.stack.resume(ids_BT, dense_BTD, at=len(task.stack))
+
+
+def interval(sums_UN: np.ndarray, positions_N: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low and high ends (U,) of the percentile bootstrap interval of the mean over sequences.
+
+    All parts share the resamples, so that their intervals move together. `sums_UN` holds sums, not means.
     """
     sequences = len(positions_N)
     counts_RN = np.random.default_rng(seed).multinomial(sequences, [1 / sequences] * sequences, size=RESAMPLES)
-    mean_LR = (sums_LN @ counts_RN.T) / (counts_RN @ positions_N)
-    low_L, high_L = np.quantile(mean_LR, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
-    return low_L, high_L
+    mean_UR = (sums_UN @ counts_RN.T) / (counts_RN @ positions_N)
+    low_U, high_U = np.quantile(mean_UR, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    return low_U, high_U
 
 
-def interval_of(losses: Losses, seed: int, scale: Callable[[np.ndarray], np.ndarray]) -> list[list[float]] | None:
-    """Return [low, high] for each block in the units of `scale`, a rising function; None for one sequence."""
-    if len(losses.positions_N) == 1:
-        return None
-    ends = interval(losses.without_LN, losses.positions_N, seed=seed)
-    return np.stack([scale(end_L) for end_L in ends], axis=1).tolist()
+def measured(task: Task, losses: Losses, name: str, scale: Callable[..., np.ndarray]) -> Measured:
+    """Return the scores in the units of `scale`, a rising function, with their intervals and, as `name`, their sums."""
+    details: dict[str, Any] = {
+        "dense": float(scale(losses.dense)),
+        "interval": None,
+        name: _listed(task, losses.without_UN.tolist()),
+        "sequence_tokens": losses.positions_N.tolist(),
+    }
+    if len(losses.positions_N) > 1:
+        ends = interval(losses.without_UN, losses.positions_N, seed=task.seed)
+        details["interval"] = _listed(task, np.stack([scale(end_U) for end_U in ends], axis=1).tolist())
+    return task.measured(scale(losses.without_U).tolist(), details)
+
+
+def _listed(task: Task, values: list[Any]) -> Any:
+    lists = task.lay_out(values)
+    return lists.get("blocks", lists)
 
 
 def _sums(values_BP: Tensor) -> np.ndarray:

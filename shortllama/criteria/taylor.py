@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from shortllama.criteria import Measured, Task
-from shortllama.criteria.weights import aggregate, rows, scored_weights
+from shortllama.criteria.weights import aggregate, by_piece, rows, scored_weights
+from shortllama.removals import Piece
 from shortllama.stack import Stack, token_nll
 
 NAME = "taylor"
-UNIT = "block"
+UNITS = ("block", "module")
 NEEDS = "calibration"
 
 Estimator = Callable[[Tensor], Tensor]
@@ -51,22 +52,25 @@ def per_tensor(product: Tensor) -> Tensor:
 
 
 def estimate(task: Task, estimator: Estimator, *, each_sequence: bool) -> Measured:
-    """Return the aggregated `estimator` of w * g of each block; `each_sequence` sums it over samples."""
-    found: list[dict[str, Tensor]] = [{} for _ in task.stack.blocks]
-    for index, weights in _walk(task, each_sequence):
+    """Return the aggregated `estimator` of w * g of each block or module; `each_sequence` sums it over samples."""
+    found: dict[Piece, dict[str, Tensor]] = {piece: {} for piece in task.pieces}
+    for piece, weights in _walk(task, each_sequence):
+        values = found[piece]
         for name, weight in weights.items():
             assert weight.grad is not None, "every scored weight takes part in the forward pass"
             value = estimator(weight.detach() * weight.grad)
-            found[index][name] = found[index][name] + value if name in found[index] else value
-    tokens = sum(len(ids) - 1 for ids in task.calibration.sequences) if task.calibration else 0
-    per_token = [{name: value / tokens for name, value in one.items()} for one in found]
-    return Measured(
-        blocks=tuple(aggregate(one, task.reductions) for one in per_token), details=task.reductions.record()
-    )
+            values[name] = values[name] + value if name in values else value
+    assert task.calibration is not None, "the criterion needs calibration and got none"
+    tokens = sum(len(ids) - 1 for ids in task.calibration.sequences)
+    scores = [
+        aggregate({name: value / tokens for name, value in values.items()}, task.reductions)
+        for values in found.values()
+    ]
+    return task.measured(scores, task.reductions.record())
 
 
-def _walk(task: Task, each_sequence: bool) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
-    """Yield each block's weights with their gradients: once for all samples, or once for each; last block first.
+def _walk(task: Task, each_sequence: bool) -> Iterator[tuple[Piece, dict[str, nn.Parameter]]]:
+    """Yield each piece's weights with their gradients: once for all samples, or once for each; last block first.
 
     Gradients are those of the summed NLL. They are freed when the walk goes on.
     """
@@ -87,7 +91,7 @@ def _walk(task: Task, each_sequence: bool) -> Iterator[tuple[int, dict[str, nn.P
                 gradients[number] = _step_back(stack, index, ids_BT, inputs[number].pop(), gradients[number])
                 task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
                 if each_sequence or number == len(batches) - 1:
-                    yield index, scored_weights(task.adapter, block)
+                    yield from by_piece(task, index).items()
                     block.zero_grad(set_to_none=True)
 
 

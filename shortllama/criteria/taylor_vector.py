@@ -5,7 +5,7 @@ from __future__ import annotations
 from shortllama.criteria import Measured, Task, taylor
 
 NAME = "taylor-vector"
-UNIT = "block"
+UNITS = ("block", "module")
 NEEDS = "calibration"
 
 

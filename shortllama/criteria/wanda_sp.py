@@ -23,7 +23,7 @@ from shortllama.criteria import Measured, Task, widths
 from shortllama.criteria.weights import floats, per_group
 
 NAME = "wanda-sp"
-UNIT = "width"
+UNITS = ("width",)
 NEEDS = "calibration"
 
 # What is scored and cut in a block: the projections whose input channels are the heads' and the neurons' outputs.

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from shortllama.criteria import Reductions
+from shortllama.criteria import Reductions, Task
 from shortllama.errors import UnsupportedError
 from shortllama.families import Adapter
+from shortllama.removals import Piece
 
 
 def scored_weights(adapter: Adapter, block: nn.Module) -> dict[str, nn.Parameter]:
@@ -30,6 +31,22 @@ def scored_weights(adapter: Adapter, block: nn.Module) -> dict[str, nn.Parameter
             )
         if leaf == "weight":
             found[name] = parameter
+    return found
+
+
+def by_piece(task: Task, block: int) -> dict[Piece, dict[str, nn.Parameter]]:
+    """Return the scored weights of the task's pieces in a block, by name; each module has its norms.
+
+    Modules that are not there (any more) are left out.
+    """
+    family, size = task.adapter.family, task.shape.blocks[block]
+    present = {"attention": size.kv_heads > 0, "mlp": size.neurons > 0}
+    found: dict[Piece, dict[str, nn.Parameter]] = {}
+    for name, weight in scored_weights(task.adapter, task.stack.blocks[block]).items():
+        inside = name.startswith(f"{family.attention}.") or name.rpartition(".")[0] in family.attention_norms
+        part = "attention" if inside else "mlp"
+        if present[part]:
+            found.setdefault(Piece(block, "block" if task.unit == "block" else part), {})[name] = weight
     return found
 
 
