@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from bench import findings, store
 from bench.cells import Cell
 from bench.measurement import Frontier, Memory, SessionId
-from bench.report import assembly, build, delimited, markdown, quantities, summaries, write
+from bench.report import assembly, build, delimited, markdown, quantities, summaries, wording, write
 from bench.report.values import Chart, Report, Table
 from bench.store import Results
 from bench.timing import Estimate
@@ -131,7 +131,7 @@ def test_the_interval_of_a_speedup_covers_the_truth_about_19_times_in_20():
     assert 2 <= misses <= 30  # 5 % of 300 is 15; the order-statistic interval is a little conservative
 
 
-def test_speedups_compare_within_a_session_and_sessions_are_not_pooled():
+def test_speedups_compare_run_by_run_and_sessions_are_not_pooled():
     env, rows = cases.machine(), []
     for session, slow in (("a", 1.0), ("b", 3.0)):
         for subject, scale in (("m", 2.0), ("m/ppl:0.25", 1.0)):
@@ -316,6 +316,33 @@ def test_the_quality_finding_ranks_by_nats_per_log_speedup(quick):
     assert finding.command == "shortllama prune reference --method taylor+ --ratio 0.25 --out taylor+-0.25"
 
 
+def test_quality_is_ranked_even_where_nothing_is_faster():
+    subjects = {"m": (4, 1e6, 10), "m/random:0.25": (4, 1e6, 9), "m/ppl:0.25": (4, 1e6, 9)}
+    values = {"m": 10.0, "m/random:0.25": 30.0, "m/ppl:0.25": 12.0}
+    quality = {name: Quality({"text": cases.perplexity(value)}) for name, value in values.items()}
+    (finding,) = of_kind(build([cases.sweep(subjects, {"eager": 1.0}, (1,))], quality), "quality")
+    assert finding.headline == "ppl:0.25 loses least quality: perplexity 12.0 on text against 10.0 of m."
+    assert finding.cause.startswith("It adds 0.18 nats a token")
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (Estimate(1.3, 1.28, 1.32, 20), "follows the bytes"),
+        (Estimate(1.3, None, None, 3), "follows the bytes"),
+        (Estimate(1.1, 1.08, 1.12, 20), "fixed costs per kernel"),
+        (Estimate(1.6, 1.55, 1.65, 20), "launching fewer kernels"),
+        (Estimate(1.3, 0.8, 1.9, 20), "too wide to see it"),
+        (Estimate(1.0, 0.99, 1.01, 20), "allows 1.30"),
+    ],
+)
+def test_the_cause_compares_the_gain_with_the_bytes(gain, words):
+    results, _ = cases.quick()
+    dense, best = (summaries.summarise(row) for row in (results.measurements[0], results.measurements[3]))
+    assert best.cell.subject == "reference/ppl:0.25"
+    assert words in findings._why(best, dense, gain)
+
+
 def test_the_memory_finding_names_a_budget_that_would_hold_the_cell(quick):
     (finding,) = of_kind(quick, "memory")
     assert finding.headline.startswith("In eager and static within 48MiB, memory ends after batch 8 for reference")
@@ -334,7 +361,27 @@ def test_equal_subjects_are_not_called_faster():
     report = build([cases.sweep(subjects, {"eager": 1.0}, (1,))])
     (finding,) = of_kind(report, "fastest")
     assert "nothing is measurably faster than m" in finding.headline
-    assert report.verdict.startswith("Nothing is measurably faster than m in eager.")
+    assert report.verdict.startswith("At batch 1, nothing is measurably faster than m in eager.")
+
+
+def test_a_finding_is_made_at_the_smallest_batch_that_tells():
+    env, rows = cases.machine(), []
+    for batch, spread in ((1, 0.4), (8, 0.001)):
+        for subject, scale in (("m", 2.0), ("m/ppl:0.25", 1.0), ("m/mag-sp:0.25", 1.5)):
+            cell = Cell(subject, "eager", "float32", "sdpa", 12, 32, "none", batch)
+            calls = tuple(scale * (1 + spread * (i % 5 - 2)) for i in range(10))
+            rows.append(cases.row(cell, env, "ok", calls))
+    report = build([Results(Path("r"), {env.id: env}, tuple(rows), ())])
+    (finding,) = of_kind(report, "fastest")
+    assert finding.headline.startswith("In eager at batch 8, ppl:0.25 is fastest: 2.00")
+    assert "ppl:0.25 is fastest at batch 8: 2.00" in report.verdict
+
+
+def test_runtimes_that_cannot_be_told_apart():
+    subjects = {"m": (4, 1e6, 10)}
+    report = build([cases.sweep(subjects, {"eager": 1.0, "static": 1.0}, (1,))])
+    (finding,) = of_kind(report, "runtime")
+    assert "cannot be told apart on m at batch 1" in finding.headline
 
 
 def test_only_oom_says_what_would_fit():
@@ -364,7 +411,7 @@ def test_noise_is_a_finding():
 def test_a_suggested_budget_can_be_read_and_is_enough(need):
     from bench.cells import budget_bytes
 
-    command = findings._more_memory(findings.Commands("s", "r"), need)
+    command = wording.more_memory(wording.Commands("s", "r"), need)
     assert (budget_bytes(command.split()[4]) or 0) >= 1.05 * need or need < 1 << 18
 
 
@@ -372,7 +419,7 @@ def test_a_suggested_budget_can_be_read_and_is_enough(need):
 def test_commands_quote_names(name):
     import shlex
 
-    words = shlex.split(findings.keep_command(name))
+    words = shlex.split(wording.keep_command(name))
     assert words[0] == "shortllama"
     assert any(name == word or name.startswith(word) for word in words[2:])
 
@@ -415,6 +462,7 @@ def test_a_report_folder_is_complete(tmp_path):
         assert f"tables/{name}.csv" in text
     assert "shortllama sweep quick --out again" in page  # known by its content, not by where the run lies
     assert str(tmp_path) not in page + text
+    assert (out / "suite.toml").read_bytes() == (run / "suite.toml").read_bytes()
     first = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     write([run], out)  # ours, so it may be replaced; and equal input gives equal bytes
     assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == first

@@ -10,6 +10,7 @@ from bench.report.sources import Origin, combine, describe
 from bench.report.summaries import Grid, grid
 from bench.report.tables import tables
 from bench.report.values import Report, Source
+from bench.report.wording import Commands
 from bench.store import Results
 from shortllama.evaluation.results import Perplexity, Quality
 
@@ -36,7 +37,7 @@ def build(
         _perplexities(quality or {}),
     )
     first = origins[0]
-    found = findings.findings(measured, findings.Commands(first.suite or "SUITE.toml", first.run or "RUN"))
+    found = findings.findings(measured, Commands(first.suite or "SUITE.toml", first.run or "RUN"))
     return Report(
         title=_title(measured, origins),
         source=combine(list(sources.values()), simulated=any(setting.simulated for setting in measured.groups)),

@@ -20,7 +20,7 @@ QUALITY = "quality.json"
 
 
 def write(runs: Sequence[Path], out: Path) -> None:
-    """Write the report on these runs into `out`: index.html, report.md, figures/ and tables/.
+    """Write the report on these runs into `out`: index.html, report.md, figures/, tables/ and the suites.
 
     Raises InputError where a run cannot be read or has no rows, and where `out` is not ours; nothing is written then.
     """
@@ -37,6 +37,11 @@ def write(runs: Sequence[Path], out: Path) -> None:
     with files.new_folder(out, MARK) as folder:
         try:
             _write_all(report, folder)
+            for number, run in enumerate(runs, 1):
+                suite = store.file_of(run).parent / SUITE
+                if suite.is_file():  # so that the folder says on its own how to measure again
+                    name = SUITE if len(runs) == 1 else f"suite-{number}.toml"
+                    (folder / name).write_bytes(suite.read_bytes())
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror})") from error
 

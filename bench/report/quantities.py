@@ -52,8 +52,8 @@ def count(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """Return a ratio with a multiplication sign after it."""
-    return f"{significant(value)}{TIMES}"
+    """Return a ratio with a multiplication sign after it; two decimals below ten, so that 0.98 and 1.02 look alike."""
+    return f"{f'{value:.2f}' if abs(value) < 9.995 else significant(value)}{TIMES}"
 
 
 def share(value: float) -> str:

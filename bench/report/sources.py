@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def describe(environment: Environment, origin: Origin) -> Source:
     known = {**dict(_leaves(environment.facts)), **dict(facts)}
     threads = known.get("threads", "")
     parts = (
-        known.get("device", "unknown device"),
+        re.sub(r"\((?:R|TM|C)\)", "", known.get("device", "unknown device")),
         "simulated" if environment.fingerprint.get("simulated") else "",
         f"{threads} thread{'' if threads == '1' else 's'}" if threads else "",
     )

@@ -41,7 +41,7 @@ class Setting(msgspec.Struct, frozen=True, order=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One cell with its statistics (see bench.timing); `speedup` is over the dense subject of the same session."""
+    """One cell with its statistics (see bench.timing); `speedup` is over its dense subject at the same batch."""
 
     row: Measurement
     setting: Setting
@@ -213,22 +213,27 @@ def labels(subjects: Sequence[str], baseline: Mapping[str, str]) -> dict[str, st
 
 
 def with_speedups(rows: Iterable[Summary], baseline: Mapping[str, str]) -> tuple[Summary, ...]:
-    """Return the rows with their speed-up over the dense subject, of the same session where it has one."""
+    """Return the rows with their speed-up over the dense subject.
+
+    The k-th time that a cell was measured is compared with the k-th time of its dense cell, so that repeated runs are
+    compared run by run; the last dense one stands for those that are missing.
+    """
     rows = list(rows)
-    dense = set(baseline.values())
-    by_session: dict[tuple[object, ...], Estimate] = {}
-    by_setting: dict[tuple[object, ...], Estimate] = {}
+    dense: dict[tuple[object, ...], list[Estimate]] = {}
     for row in rows:
-        if row.call_s is not None and row.counts and row.cell.subject in dense:
-            key = (row.cell.subject, row.cell.batch, row.setting)
-            by_session[(*key, row.row.session.id)] = row.call_s
-            by_setting.setdefault(key, row.call_s)
+        if row.call_s is not None and row.counts:
+            dense.setdefault((row.cell.subject, row.cell.batch, row.setting), []).append(row.call_s)
+    met: dict[tuple[object, ...], int] = {}
     done: list[Summary] = []
     for row in rows:
-        key = (baseline.get(row.cell.subject), row.cell.batch, row.setting)
-        other = by_session.get((*key, row.row.session.id)) or by_setting.get(key)
-        gain = quotient(other, row.call_s) if other and row.call_s and row.counts else None
-        done.append(msgspec.structs.replace(row, speedup=gain) if gain else row)
+        others = dense.get((baseline.get(row.cell.subject), row.cell.batch, row.setting))
+        if others is None or row.call_s is None or not row.counts:
+            done.append(row)
+            continue
+        key = (row.cell.subject, row.cell.batch, row.setting)
+        place = met[key] = met.get(key, -1) + 1
+        gain = quotient(others[min(place, len(others) - 1)], row.call_s)
+        done.append(msgspec.structs.replace(row, speedup=gain))
     return tuple(done)
 
 

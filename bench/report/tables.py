@@ -99,7 +99,17 @@ def cells(grid: Grid) -> Table | None:
         Column("reason", "Reason"),
     )
     detail = frozenset(
-        {"latency_s", "speedup_interval", "repeats", "stop", "parameters", "environment", "cell_id", "reason"}
+        {
+            "latency_s",
+            "speedup_interval",
+            "repeats",
+            "stop",
+            "parameters",
+            "session",
+            "environment",
+            "cell_id",
+            "reason",
+        }
     )
     rows = [_cell_row(grid, row) for row in grid.rows]
     return _table("cells", "Every cell", columns, rows, grid, any(r.setting.simulated for r in grid.rows), detail)
@@ -178,9 +188,8 @@ def _table(
     hidden = detail | empty | set(same) | _NEVER
     if len(values["simulated"]) == 1 and not simulated:
         hidden |= {"simulated"}
-    for key in ("regime", "session"):
-        if len(values.get(key, ())) == 1:
-            hidden |= {key}
+    if len(values.get("regime", ())) == 1:
+        hidden |= {"regime"}
     facts = [_constant(key, next(iter(values[key]))) for key in same if key != "device"]
     short = {grid.baseline[s] for s in grid.baseline if grid.labels[s] != inert(s)}
     facts += [f"all pruned subjects are plans of {inert(name)}" for name in short]

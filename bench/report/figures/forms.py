@@ -96,8 +96,9 @@ def _draw_curves(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size
     _level(sheet, axes, chart.x, frame, area, limits.x, size)
     if chart.diagonals:
         _draw_diagonals(sheet, axes, panel, frame, size, limits.x)
+    below = covered(axes, panel.series) if chart.form == "lines" else [0] * len(panel.series)
     for rank, series in reversed(list(enumerate(panel.series))):
-        _draw_series(sheet, axes, chart, series, rank if chart.form == "lines" else 0)
+        _draw_series(sheet, axes, chart, series, rank, min(below[rank], 3))
     if size.gutter:
         _draw_names(sheet, axes, panel, names, frame, size)
 
@@ -134,17 +135,30 @@ def _level(
     )
 
 
-def _draw_series(sheet: Sheet, axes: Axes, chart: Chart, series: Series, rank: int) -> None:
-    """Draw one series below those of lower rank, a little wider, so that of two that coincide both are seen."""
-    colour, depth, wider = LIGHT[series.colour], 10 - rank / 100, min(rank, 5)
+def covered(axes: Axes, series: Sequence[Series]) -> list[int]:
+    """Return how many earlier curves lie on each curve, within 3 pixels wherever both have a mark."""
+    pixels = [
+        {point.batch: axes.transData.transform((point.x, point.y)) for point in one.points} for one in series
+    ]  # fmt: skip
+
+    def same(i: int, j: int) -> bool:
+        shared = pixels[i].keys() & pixels[j].keys()
+        return bool(shared) and all(math.dist(pixels[i][batch], pixels[j][batch]) < 3 for batch in shared)
+
+    return [sum(same(i, j) for j in range(i)) for i in range(len(series))]
+
+
+def _draw_series(sheet: Sheet, axes: Axes, chart: Chart, series: Series, rank: int, below: int) -> None:
+    """Draw one series under those of lower rank, wider by what covers it, so that curves that coincide are all seen."""
+    colour, depth = LIGHT[series.colour], 10 - rank / 100
     for point in series.points:
         for xs, ys in _intervals(point):
             axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.55, zorder=depth, solid_capstyle="butt")
     axes.plot(
         [point.x for point in series.points], [point.y for point in series.points], color=colour,
-        linewidth=1.8 + 0.25 * wider,
+        linewidth=1.9 + 1.6 * below,
         linestyle="none" if chart.form == "points" else (0, (5, 2)) if series.simulated else "-",
-        marker=marker(series.runtime), markersize=(8 if chart.form == "points" else 6) + 0.35 * wider,
+        marker=marker(series.runtime), markersize=(8 if chart.form == "points" else 6) + 1.8 * below,
         **_face(series),
         zorder=depth + 0.01, clip_on=False, solid_joinstyle="round",
     )  # fmt: skip

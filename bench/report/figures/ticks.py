@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 _STEPS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))
 _LINEAR = (1, 2, 2.5, 5)
@@ -45,12 +44,12 @@ def limits(values: Sequence[float], pad: float = 1.0, least: float = 1.6) -> tup
 
 
 def thin(positions: Sequence[float], widths: Sequence[float], gap: float) -> list[int]:
-    """Return indices of labels to keep, in order, so that centred labels of these widths stay `gap` apart.
+    """Return indices of labels to keep, ascending, so that centred labels of these widths stay `gap` apart.
 
-    Every k-th one, for the smallest k that works, so that what remains is regular.
+    From the left, each that fits: of evenly spaced labels of one width, that is every k-th.
     """
-    for every in range(1, len(positions) + 1):
-        kept = list(range(0, len(positions), every))
-        if all(abs(positions[b] - positions[a]) >= (widths[a] + widths[b]) / 2 + gap for a, b in pairwise(kept)):
-            return kept
-    return []
+    kept: list[int] = []
+    for index, (position, width) in enumerate(zip(positions, widths, strict=True)):
+        if not kept or position - positions[kept[-1]] >= (widths[kept[-1]] + width) / 2 + gap:
+            kept.append(index)
+    return kept
