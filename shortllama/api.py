@@ -15,10 +15,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shortllama import methods, planning, pruning, sources
+from shortllama import methods, planning, presets, pruning, sources
 from shortllama.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, SELF, Calibration
+from shortllama.criteria import Reductions
 from shortllama.errors import InputError
 from shortllama.plan import Plan, Target, shape_after
+from shortllama.removals import Unit
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 
@@ -50,42 +52,59 @@ def score(
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
     data_dir: Path | None = None,
+    unit: Unit | None = None,
+    reductions: Reductions | None = None,
     towards: ModelShape | None = None,
 ) -> Scores:
     """Return the scores of a transformers model by a criterion; higher = keep.
 
     `calibration`: "self" (sampled from the model), a text or JSONL file (needs `tokenizer`), `ids:FILE.jsonl`, or a
-    Calibration made before. `towards`: the shape it will be pruned to, which only wanda-sp reads.
+    Calibration made before. `unit` "module" scores attention and FFNs apart. `reductions`: how mag and taylor aggregate
+    weights. `towards`: the shape it will be pruned to, which only wanda-sp reads.
     Raises InputError for a calibration that is missing, too short or malformed.
     """
-    from shortllama import calibration as calibrations
-    from shortllama import criteria, scoring
+    from shortllama import scoring
 
-    used = calibration if isinstance(calibration, Calibration) else None
-    if used is None and criteria.lookup(criterion).NEEDS == "calibration":
-        assert isinstance(calibration, str), "calibration is a source or a Calibration"
-        used = calibrations.load(
-            calibration,
-            tokenizer=tokenizer,
-            model=model,
-            samples=samples,
-            length=length,
-            seed=seed,
-            data_dir=data_dir,
-        )
-    return scoring.score(model, criterion, used, towards=towards, seed=seed)
+    used = _calibration(model, criterion, calibration, tokenizer, samples, length, seed, data_dir)
+    return scoring.score(model, criterion, used, unit=unit, reductions=reductions, towards=towards, seed=seed)
+
+
+def _calibration(
+    model: Any,
+    criterion: str,
+    source: str | Calibration,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    data_dir: Path | None,
+) -> Calibration | None:
+    """The calibration that a criterion needs, or None."""
+    from shortllama import calibration, criteria
+
+    if isinstance(source, Calibration):
+        return source
+    if criteria.lookup(criterion).NEEDS != "calibration":
+        return None
+    return calibration.load(
+        source, tokenizer=tokenizer, model=model, samples=samples, length=length, seed=seed, data_dir=data_dir
+    )
 
 
 def plan(
     model: Any,
     *,
-    method: str,
+    method: str | None = None,
+    preset: str | None = None,
     ratio: float | None = None,
     blocks: int | None = None,
     target_params: float | None = None,
     at_most: bool = False,
     protect: tuple[int, int] | None = None,
     align: int = 1,
+    unit: Unit | None = None,
+    iterative: bool = False,
+    reductions: Reductions | None = None,
     scores: Scores | None = None,
     calibration: str | Calibration = SELF,
     tokenizer: Any = None,
@@ -96,33 +115,43 @@ def plan(
 ) -> Plan:
     """Return which parts of `model` a method keeps. `model` is a transformers model, or a name as in `load`.
 
-    Give one of `ratio` (share of the blocks, or of heads and neurons for width methods), `blocks` (how many go) and
-    `target_params` (parameters left; `at_most` never exceeds them). `protect` is (first, last) blocks that stay, by
-    default the method's. `align` rounds kept widths up to a multiple. Without `scores` the model is scored first, as
-    in `score` (a named one is loaded for it); a catalogue shape gets a blind plan, for random weights only.
-    Raises InputError for an unknown method, a target out of range, and scores of another model.
+    Give one of `ratio` (share of the blocks, of their parameters by module, or of heads and neurons for width methods),
+    `blocks` (how many go) and `target_params` (parameters left; `at_most` never exceeds them). `protect` is (first,
+    last) blocks that stay, by default the method's. `align` rounds kept widths up to a multiple. `unit` "module"
+    removes attention and FFNs apart, and `iterative` scores what is left again after each removal. Without `scores` the
+    model is scored first, as in `score` (a named one is loaded for it); a catalogue shape gets a blind plan, for random
+    weights only. In place of a method, `preset` names a published order (`presets`), which needs no scores and, where
+    its name ends in a label, no target. Raises InputError for an unknown method, a target out of range, and scores of
+    another model.
     """
     target = _target(ratio, blocks, target_params)
     source = _source(model)
     name, shape = (_name(model), _shape(model)) if source is None else (pruning.base_name(source), source.shape)
+    if (method is None) == (preset is None):
+        raise InputError("give either a method or a preset")
+    if preset is not None:
+        return presets.plan(preset, model=name, shape=shape, target=target, protect=protect, at_most=at_most)
+    if target is None or method is None:
+        raise InputError("give exactly one of ratio, blocks and target_params; saw 0")
     made = {"model": name, "shape": shape, "target": target, "protect": protect, "align": align, "at_most": at_most}
+    made |= {"unit": unit, "iterative": iterative}
     blind = planning.make_plan_for(method, **made)
     if scores is None and source is not None:
         if source.folder is None:
             return blind
         model, tokenizer = pruning.load(source)
     if scores is None:
-        scores = score(
-            model,
-            methods.lookup(method).criterion,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            samples=samples,
-            length=length,
-            seed=seed,
-            data_dir=data_dir,
-            towards=shape_after(shape, blind.keep),
-        )
+        from shortllama import scoring
+
+        row = methods.lookup(method)
+        used = _calibration(model, row.criterion, calibration, tokenizer, samples, length, seed, data_dir)
+        how: dict[str, Any] = {"unit": unit, "seed": seed, "reductions": reductions}
+        if iterative:
+            goal = planning.goal_for(method, shape=shape, target=target, unit=unit, at_most=at_most)
+            stay = row.protect if protect is None else protect
+            scores = scoring.iterate(model, row.criterion, used, goal=goal, protect=stay, **how)
+        else:
+            scores = scoring.score(model, row.criterion, used, towards=shape_after(shape, blind.keep), **how)
     return planning.make_plan_for(method, **made, scores=scores, seed=seed)
 
 
@@ -136,12 +165,12 @@ def apply(plan: Plan, model: Any) -> Any:
     return surgery.apply(plan, model)
 
 
-def _target(ratio: float | None, blocks: int | None, target_params: float | None) -> Target:
+def _target(ratio: float | None, blocks: int | None, target_params: float | None) -> Target | None:
     given = {"ratio": ratio, "blocks": blocks, "target-params": target_params}
     chosen = [Target(kind, value) for kind, value in given.items() if value is not None]
-    if len(chosen) != 1:
+    if len(chosen) > 1:
         raise InputError(f"give exactly one of ratio, blocks and target_params; saw {len(chosen)}")
-    return chosen[0]
+    return chosen[0] if chosen else None
 
 
 def _source(model: Any) -> sources.Source | None:

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from shortllama import blind, catalogue, console, criteria, display, exporting, options, planning, pruning, sources
+from shortllama import blind, catalogue, console, display, exporting, options, pruning, sources
 from shortllama import plan as plans
 from shortllama import scores as score_files
+from shortllama.criteria import Reductions
 from shortllama.difference import difference
 from shortllama.errors import InputError, VerificationError
 from shortllama.evaluation.results import Evaluation, write_evaluation
-from shortllama.plan import Plan
+from shortllama.plan import Plan, Target
 from shortllama.pruning import Choice, Scoring
+from shortllama.removals import Unit
 from shortllama.shape import ModelShape, item_bytes
 from shortllama.sources import Source
 
@@ -62,6 +64,10 @@ def shapes(
 def score(
     model: options.Model,
     criterion: options.Criterion,
+    unit: options.Unit = None,
+    iterative: options.Iterative = False,
+    weight_reduction: options.WeightReduction = "sum",
+    block_reduction: options.BlockReduction = "sum",
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -71,11 +77,17 @@ def score(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores here.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure how important each block, or each KV group and neuron, of a model is; higher = keep."""
+    """Measure how important each block, module, or KV group and neuron of a model is; higher = keep.
+
+    --iterative removes one after the other until one is left; plan takes as many of them as it needs.
+    """
     options.check_output_file(out)
-    scoring = Scoring(calibration, samples, length, seed, data_dir, trust_remote_code)
+    scoring = Scoring(
+        calibration, samples, length, seed, data_dir, trust_remote_code, Reductions(weight_reduction, block_reduction)
+    )
+    steps = pruning.Steps() if iterative else None
     with _steps() as progress:
-        scores = pruning.score(sources.locate(model), criterion, scoring, progress=progress)
+        scores = pruning.score(sources.locate(model), criterion, scoring, unit=unit, steps=steps, progress=progress)
     if out is not None:
         score_files.write_scores(out, scores)
         console.say(f"wrote {out}")
@@ -88,14 +100,19 @@ def score(
 @app.command(epilog="Example: shortllama plan llama-7b --method wanda-sp --ratio 0.2 --out plan.json")
 def plan(
     model: options.Model,
-    method: options.Method,
+    method: options.Method = None,
+    preset: options.Preset = None,
     ratio: options.Ratio = None,
     blocks: options.Blocks = None,
     target_params: options.TargetParams = None,
     at_most: options.AtMost = False,
     protect: options.Protect = None,
     align: options.Align = 1,
+    unit: options.Unit = None,
+    iterative: options.Iterative = False,
     scores: options.ScoresFile = None,
+    weight_reduction: options.WeightReduction = "sum",
+    block_reduction: options.BlockReduction = "sum",
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -107,14 +124,17 @@ def plan(
 ) -> None:
     """Choose what to remove from a model, and write it as a plan. Scores the model first where --scores is not given.
 
-    A catalogue name has no weights to score: its plan is blind, right in shape and arbitrary in the choice.
+    A catalogue name has no weights to score: its plan is blind, right in shape and arbitrary in the choice. A preset
+    needs neither weights nor data.
     """
     options.check_output_file(out)
-    target = options.target(ratio, blocks, target_params)
-    choice = Choice(method, target, at_most, options.protection(protect), align)
-    scoring = Scoring(calibration, samples, length, seed, data_dir, trust_remote_code)
+    scoring = Scoring(
+        calibration, samples, length, seed, data_dir, trust_remote_code, Reductions(weight_reduction, block_reduction)
+    )
+    target = options.optional_target(ratio, blocks, target_params)
+    limits = _Limits(at_most, options.protection(protect), align, unit, iterative)
     source = sources.locate(model)
-    _deliver(_choose(source, choice, scoring, scores), source.shape, out, as_json)
+    _deliver(_make(source, method, preset, target, limits, scoring, scores), source.shape, out, as_json)
 
 
 @app.command(epilog="Example: shortllama compose depth.json width.json --out both.json")
@@ -169,14 +189,19 @@ def prune(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Apply this plan, choose nothing.")
     ] = None,
-    method: options.OptionalMethod = None,
+    method: options.Method = None,
+    preset: options.Preset = None,
     ratio: options.Ratio = None,
     blocks: options.Blocks = None,
     target_params: options.TargetParams = None,
     at_most: options.AtMost = False,
     protect: options.Protect = None,
     align: options.Align = 1,
+    unit: options.Unit = None,
+    iterative: options.Iterative = False,
     scores: options.ScoresFile = None,
+    weight_reduction: options.WeightReduction = "sum",
+    block_reduction: options.BlockReduction = "sum",
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -194,15 +219,30 @@ def prune(
     if source.folder is None:
         raise InputError(f"{model} is a shape without weights; prune a folder, a hub id or 'reference'")
     if plan_file is not None:
-        options.refuse_choice(method, ratio, blocks, target_params, scores)
+        options.refuse_choice(
+            method=method,
+            preset=preset,
+            ratio=ratio,
+            blocks=blocks,
+            target_params=target_params,
+            scores=scores,
+            unit=unit,
+            iterative=iterative,
+        )
         made = plans.read_plan(plan_file)
-    elif method is None:
-        raise InputError("nothing says what to remove; give --plan FILE, or --method NAME with --ratio R")
     else:
-        target = options.target(ratio, blocks, target_params)
-        choice = Choice(method, target, at_most, options.protection(protect), align)
-        scoring = Scoring(calibration, samples, length, seed, data_dir, trust_remote_code)
-        made = _choose(source, choice, scoring, scores)
+        scoring = Scoring(
+            calibration,
+            samples,
+            length,
+            seed,
+            data_dir,
+            trust_remote_code,
+            Reductions(weight_reduction, block_reduction),
+        )
+        target = options.optional_target(ratio, blocks, target_params)
+        limits = _Limits(at_most, options.protection(protect), align, unit, iterative)
+        made = _make(source, method, preset, target, limits, scoring, scores)
     _write(source, made, out, as_json)
 
 
@@ -305,15 +345,45 @@ def _steps() -> Generator[pruning.Progress]:
         yield step
 
 
-def _choose(source: Source, choice: Choice, scoring: Scoring, scores_path: Path | None) -> Plan:
+class _Limits(NamedTuple):
+    """What a choice has beside its method and target; see `Choice`."""
+
+    at_most: bool
+    protect: tuple[int, int] | None
+    align: int
+    unit: Unit | None
+    iterative: bool
+
+
+def _make(
+    source: Source,
+    method: str | None,
+    preset: str | None,
+    target: Target | None,
+    limits: _Limits,
+    scoring: Scoring,
+    scores_path: Path | None,
+) -> Plan:
+    """Return the plan of a method, or of a preset, and tell what the user should know about it."""
+    if preset is not None:
+        options.refuse_beside_preset(
+            method=method,
+            align=None if limits.align == 1 else limits.align,
+            unit=limits.unit,
+            iterative=limits.iterative,
+            scores=scores_path,
+        )
+        return pruning.from_preset(source, preset, target, at_most=limits.at_most, protect=limits.protect)
+    if method is None:
+        raise InputError(
+            "nothing says what to remove; give --plan FILE (prune), --method NAME with --ratio R or --preset NAME"
+        )
+    choice = Choice(method, options.required(target), *limits)
     scores = None if scores_path is None else score_files.read_scores(scores_path)
     with _steps() as progress:
-        made = pruning.choose(source, choice, scoring, scores, progress=progress)
-    after = plans.shape_after(source.shape, made.keep)
-    for remark in (planning.remark(made, source.shape), scores and criteria.remark(scores, after)):
-        if remark:
-            console.say(f"note: {remark}")
-    return made
+        return pruning.choose(
+            source, choice, scoring, scores, progress=progress, note=lambda text: console.say(f"note: {text}")
+        )
 
 
 def _deliver(made: Plan, base: ModelShape, out: Path | None, as_json: bool) -> None:

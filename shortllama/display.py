@@ -224,6 +224,15 @@ def show_scores(scores: Scores) -> None:
         ranked = sorted(enumerate(scores.blocks), key=lambda pair: pair[1])
         rows = [(rank, index, f"{value:.6g}") for rank, (index, value) in enumerate(ranked, 1)]
         table(("goes as number", "block", "score"), rows, title=title)
+    if scores.attention is not None and scores.mlp is not None:
+        pairs = zip(scores.attention, scores.mlp, strict=True)
+        cells = [[("none" if value is None else f"{value:.6g}") for value in pair] for pair in pairs]
+        rows = [(index, *pair) for index, pair in enumerate(cells)]
+        table(("block", "attention", "FFN"), rows, title=title)
+    if scores.order is not None:
+        steps = (scores.details or {}).get("steps", [])
+        rows = [(rank, step["removed"], f"{step['score']:.6g}") for rank, step in enumerate(steps, 1)]
+        table(("goes as number", "part ", "score then"), rows, title="scored again after each removal")
     for name, lists in (("KV groups", scores.kv_groups), ("neurons", scores.neurons)):
         if lists is not None:
             rows = [

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shortllama import criteria, files, methods
+from shortllama import criteria, files, methods, removals
 from shortllama.errors import InputError
 from shortllama.plan import Target
 
@@ -42,11 +42,25 @@ DataDir = Annotated[
     typer.Option(envvar="SHORTLLAMA_DATA", help="Where short names such as wikitext2 are looked up.", metavar="DIR"),
 ]
 
+Unit = Annotated[
+    removals.Unit | None,
+    typer.Option(help="Whole blocks, or attention and FFNs apart (module). Default: what the criterion is for."),
+]
+Iterative = Annotated[
+    bool, typer.Option("--iterative", help="Score what is left again after each removal, instead of once.")
+]
+_REDUCTIONS = f"{', '.join(criteria.REDUCTIONS)} (mag and taylor)."
+WeightReduction = Annotated[str, typer.Option(help=f"Over the output neurons of each weight: {_REDUCTIONS}")]
+BlockReduction = Annotated[str, typer.Option(help=f"Over the weights of each block or module: {_REDUCTIONS}")]
+
 # -- choosing: what `plan` takes, and `prune` where no plan is given --------------------------------------------------
 
 _METHODS = f"How to choose: {', '.join(methods.METHODS)}."
-Method = Annotated[str, typer.Option(help=_METHODS, show_default=False)]
-OptionalMethod = Annotated[str | None, typer.Option("--method", help=_METHODS)]
+Method = Annotated[str | None, typer.Option(help=_METHODS)]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Remove the blocks that were published for this model, such as paper-llama-7b-taylor-20."),
+]
 Ratio = Annotated[
     float | None,
     typer.Option(help="Share to remove, between 0 and 1: of the blocks, or of heads and neurons for width methods."),
@@ -64,15 +78,28 @@ ScoresFile = Annotated[
 ]
 
 
-def target(ratio: float | None, blocks: int | None, target_params: float | None) -> Target:
-    """Return the one target given (planning checks its range). Raises InputError for none or several."""
+def optional_target(ratio: float | None, blocks: int | None, target_params: float | None) -> Target | None:
+    """Return the one target given (planning checks its range), None for none. Raises InputError for several."""
     given = {"--ratio": ratio, "--blocks": blocks, "--target-params": target_params}
     chosen = [(name, value) for name, value in given.items() if value is not None]
-    if len(chosen) != 1:
-        seen = " and ".join(f"{name} {value:g}" for name, value in chosen) or "none"
+    if len(chosen) > 1:
+        seen = " and ".join(f"{name} {value:g}" for name, value in chosen)
         raise InputError(f"give exactly one of {', '.join(given)}; saw {seen}")
-    name, value = chosen[0]
-    return Target(name.removeprefix("--"), value)
+    return Target(chosen[0][0].removeprefix("--"), chosen[0][1]) if chosen else None
+
+
+def required(target: Target | None) -> Target:
+    """Return the target. Raises InputError for None."""
+    if target is None:
+        raise InputError("give exactly one of --ratio, --blocks, --target-params; saw none")
+    return target
+
+
+def refuse_beside_preset(**given: object) -> None:
+    """Raise InputError where --preset is given together with an option that it leaves no use for."""
+    both = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and value is not False]
+    if both:
+        raise InputError(f"--preset is a published order that needs no scores; leave out {', '.join(both)}")
 
 
 def protection(text: str | None) -> tuple[int, int] | None:
@@ -109,17 +136,8 @@ def _check_writable(path: Path, above: Path) -> None:
         raise InputError(f"{path}: cannot be written (no permission for {above}); give another --out")
 
 
-def refuse_choice(
-    method: str | None, ratio: float | None, blocks: int | None, target_params: float | None, scores: Path | None
-) -> None:
+def refuse_choice(**given: object) -> None:
     """Raise InputError where --plan is given together with an option that chooses."""
-    given = {
-        "--method": method,
-        "--ratio": ratio,
-        "--blocks": blocks,
-        "--target-params": target_params,
-        "--scores": scores,
-    }
-    both = [name for name, value in given.items() if value is not None]
+    both = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and value is not False]
     if both:
         raise InputError(f"--plan says what to remove already; leave out {', '.join(both)}")

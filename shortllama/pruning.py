@@ -5,17 +5,19 @@ Importing this loads no torch; the verbs do, once all that can be refused withou
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from shortllama import catalogue, criteria, methods, planning, sources
+from shortllama import catalogue, criteria, methods, planning, presets, removals, sources
 from shortllama import plan as plans
 from shortllama.errors import InputError
 from shortllama.evaluation.results import Perplexity, Quality
 from shortllama.plan import Plan, Target
+from shortllama.removals import Goal, Unit
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 from shortllama.sources import Source
@@ -24,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Scoring(msgspec.Struct, frozen=True):
-    """How to obtain scores where none are given. Defaults are the paper's: 10 samples of 128 tokens."""
+    """How to obtain scores where none are given. Defaults are the paper's: 10 samples of 128 tokens, sums."""
 
     calibration: str = "self"
     samples: int = 10
@@ -32,16 +34,29 @@ class Scoring(msgspec.Struct, frozen=True):
     seed: int = 0
     data_dir: Path | None = None
     trust_remote_code: bool = False
+    reductions: criteria.Reductions = criteria.Reductions()
+
+
+class Steps(msgspec.Struct, frozen=True):
+    """An iterative run: until when, and which blocks at either end stay. By default until one piece is left."""
+
+    goal: Goal = Goal(sys.maxsize, "reach", "count")
+    protect: tuple[int, int] = (0, 0)
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """What to remove: a method's name, a target, and constraints. `protect` None: what the method protects."""
+    """What to remove: a method's name, a target, and constraints. `protect` None: what the method protects.
+
+    `unit` "module" removes attention and FFNs apart; `iterative` scores what is left again after each removal.
+    """
 
     method: str
     target: Target
     at_most: bool = False
     protect: tuple[int, int] | None = None
     align: int = 1
+    unit: Unit | None = None
+    iterative: bool = False
 
 
 def choose(
@@ -51,20 +66,61 @@ def choose(
     scores: Scores | None = None,
     *,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Plan:
     """Return the plan of `choice` for a model: from `scores` if given, else by scoring it first.
 
-    A shape without weights gets a blind plan. `progress(what, done, total)` is called while a model is scored.
+    A shape without weights gets a blind plan. `progress(what, done, total)` is called while a model is scored, and
+    `note(sentence)` for what the user should know about the plan.
     Raises InputError for anything that cannot be done, before loading the model.
     """
     blind = _plan(source, choice, None, None)
-    if scores is None and source.folder is None:
-        return blind
-    if scores is None:
-        criterion = methods.lookup(choice.method).criterion
+    if scores is None and source.folder is not None:
+        scores = _score_for(source, choice, scoring, blind, progress)
+    made = blind if scores is None else _plan(source, choice, scores, scoring.seed)
+    for remark in _remarks(source.shape, choice, made, scores):
+        if note is not None and remark:
+            note(remark)
+    return made
+
+
+def from_preset(
+    source: Source,
+    name: str,
+    target: Target | None = None,
+    *,
+    at_most: bool = False,
+    protect: tuple[int, int] | None = None,
+) -> Plan:
+    """Return the plan of a published removal order for a model; see `presets.plan`."""
+    return presets.plan(
+        name, model=base_name(source), shape=source.shape, target=target, at_most=at_most, protect=protect
+    )
+
+
+def _score_for(source: Source, choice: Choice, scoring: Scoring, blind: Plan, progress: Progress | None) -> Scores:
+    """Score a model for what `blind` has in number and size, or step by step until the target is settled."""
+    criterion = methods.lookup(choice.method).criterion
+    if not choice.iterative:
         towards = plans.shape_after(source.shape, blind.keep)
-        scores = score(source, criterion, scoring, towards=towards, progress=progress)
-    return _plan(source, choice, scores, scoring.seed)
+        return score(source, criterion, scoring, unit=choice.unit, towards=towards, progress=progress)
+    goal = planning.goal_for(
+        choice.method, shape=source.shape, target=choice.target, unit=choice.unit, at_most=choice.at_most
+    )
+    steps = Steps(goal, _protection(choice))
+    return score(source, criterion, scoring, unit=choice.unit, steps=steps, progress=progress)
+
+
+def _protection(choice: Choice) -> tuple[int, int]:
+    return methods.lookup(choice.method).protect if choice.protect is None else choice.protect
+
+
+def _remarks(shape: ModelShape, choice: Choice, made: Plan, scores: Scores | None) -> list[str | None]:
+    found = [planning.remark(made, shape)]
+    if scores is not None:
+        found.append(criteria.remark(scores, plans.shape_after(shape, made.keep)))
+        found.append(removals.doubt(scores, shape, made.keep, _protection(choice)))
+    return found
 
 
 def _plan(source: Source, choice: Choice, scores: Scores | None, seed: int | None) -> Plan:
@@ -77,6 +133,8 @@ def _plan(source: Source, choice: Choice, scores: Scores | None, seed: int | Non
         protect=choice.protect,
         align=choice.align,
         at_most=choice.at_most,
+        unit=choice.unit,
+        iterative=choice.iterative,
         seed=seed,
     )
 
@@ -92,15 +150,20 @@ def score(
     criterion: str,
     scoring: Scoring,
     *,
+    unit: Unit | None = None,
+    steps: Steps | None = None,
     towards: ModelShape | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Return the scores of a named model by a criterion; loads it, and its calibration where that is needed.
 
-    `towards`: the shape it will be pruned to, for criteria that depend on it. Raises InputError for a shape without
+    `unit` "module" scores attention and FFNs apart. `steps`: score what is left again after each removal. `towards`:
+    the shape it will be pruned to, for criteria that depend on it. Raises InputError for a shape without
     weights where the criterion reads them.
     """
-    needs = criteria.lookup(criterion).NEEDS
+    chosen = criteria.lookup(criterion)
+    criteria.check(chosen, unit, scoring.reductions, iterative=steps is not None)
+    needs = chosen.NEEDS
     if needs != "nothing" and source.folder is None:
         raise InputError(
             f"{source.name} is a shape without weights, and criterion {criterion} reads them; "
@@ -126,14 +189,15 @@ def score(
             data_dir=scoring.data_dir,
             progress=lambda done, total: report("calibration", done, total),
         )
-    return engine.score(
-        model,
-        criterion,
-        used,
-        towards=towards,
-        seed=scoring.seed,
-        progress=lambda done, total: report(f"{criterion} scores", done, total),
-    )
+    how: dict[str, Any] = {
+        "unit": unit,
+        "seed": scoring.seed,
+        "reductions": scoring.reductions,
+        "progress": lambda done, total: report(f"{criterion} scores", done, total),
+    }
+    if steps is not None:
+        return engine.iterate(model, criterion, used, goal=steps.goal, protect=steps.protect, **how)
+    return engine.score(model, criterion, used, towards=towards, **how)
 
 
 def load(source: Source, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

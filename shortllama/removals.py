@@ -67,15 +67,57 @@ def ranking(scores: Scores, shape: ModelShape, among: Iterable[Piece]) -> tuple[
 
     Ties fall to the earlier block, and to its attention.
     """
+    return tuple(sorted(among, key=lambda piece: _key(scores, shape, piece, _value(scores, piece))))
+
+
+def _value(scores: Scores, piece: Piece) -> float:
+    values = {"block": scores.blocks, "attention": scores.attention, "mlp": scores.mlp}[piece.part]
+    value = None if values is None else values[piece.block]
+    assert value is not None, "scores of another unit or shape"
+    return value
+
+
+def _key(scores: Scores, shape: ModelShape, piece: Piece, value: float) -> float:
+    """Return what a piece with this score is ranked by."""
     dense = float((scores.details or {}).get("dense") or 0.0)
+    return value if piece.part == "block" else (value - dense) / parameters(shape, piece)
 
-    def key(piece: Piece) -> float:
-        values = {"block": scores.blocks, "attention": scores.attention, "mlp": scores.mlp}[piece.part]
-        value = None if values is None else values[piece.block]
-        assert value is not None, "scores of another unit or shape"
-        return value if piece.part == "block" else (value - dense) / parameters(shape, piece)
 
-    return tuple(sorted(among, key=key))
+def doubt(scores: Scores, shape: ModelShape, keep: Sequence[BlockKeep], protect: tuple[int, int]) -> str | None:
+    """Return a sentence where the cut falls inside a bootstrap interval: other text might have cut elsewhere.
+
+    That is where the last piece to go and the first to stay cannot be told apart: the score of one lies within the 95 %
+    interval of the other. None for scores without intervals (not ppl or kl, one sequence) and iterative ones.
+    """
+    intervals = (scores.details or {}).get("interval")
+    if intervals is None or scores.order is not None or scores.unit == "width":
+        return None
+    free = ranking(scores, shape, pieces(shape, "block" if scores.unit == "block" else "module", protect))
+    left = {one.index: one for one in keep}
+    gone = [piece for piece in free if not _stays(left.get(piece.block), piece)]
+    if not 0 < len(gone) < len(free):
+        return None
+    last, first = free[len(gone) - 1], free[len(gone)]
+
+    def ends(piece: Piece) -> list[float]:
+        listed = intervals if piece.part == "block" else intervals[piece.part]
+        return [_key(scores, shape, piece, end) for end in listed[piece.block]]
+
+    keys = {piece: _key(scores, shape, piece, _value(scores, piece)) for piece in (last, first)}
+    if keys[first] > ends(last)[1] and keys[last] < ends(first)[0]:
+        return None
+    goes, stays = (f"{_value(scores, piece):.4g}" for piece in (last, first))
+    sequences = len((scores.details or {}).get("sequence_tokens", ()))
+    return (
+        f"the cut falls inside a 95 % interval of {scores.criterion}: {last} goes at {goes}, {first} stays at {stays}, "
+        f"and {sequences} sequences do not tell them apart; more --samples may"
+    )
+
+
+def _stays(keep: BlockKeep | None, piece: Piece) -> bool:
+    if keep is None:
+        return False
+    return {"block": True, "attention": keep.kv_groups != "", "mlp": keep.neurons != ""}[piece.part]
 
 
 def keep_after(shape: ModelShape, gone: Iterable[Piece]) -> tuple[BlockKeep, ...]:

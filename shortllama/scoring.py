@@ -52,7 +52,7 @@ def score(
     Raises InputError for an unknown criterion, missing calibration, ids outside the vocabulary, a model without
     weights, and scores that are not finite or all equal; UnsupportedError for an unknown family.
     """
-    chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress)
+    chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress, iterative=False)
     task = dataclasses.replace(task, towards=towards)
     cost = start_cost(model, _tokens(task))
     with stack.quiet(model):
@@ -80,7 +80,7 @@ def iterate(
     block passes. KL is to the dense model throughout. The lists are those of the first step; `details["steps"]` has
     the score at which each piece went. Arguments and errors otherwise as in `score`.
     """
-    chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress)
+    chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress, iterative=True)
     assert task.unit != "width", "width methods are not iterative here"
     free = removals.pieces(task.shape, task.unit, protect)
     cost = start_cost(model, 0)
@@ -116,13 +116,13 @@ def _prepare(
     seed: int,
     reductions: criteria.Reductions | None,
     progress: Progress | None,
+    *,
+    iterative: bool,
 ) -> tuple[criteria.Criterion, criteria.Task]:
     """Check everything that can be checked before any work."""
     chosen = criteria.lookup(criterion)
-    if unit is not None and unit not in chosen.UNITS:
-        raise InputError(f"criterion {chosen.NAME} scores by {' or '.join(chosen.UNITS)}, not by {unit}")
     how = reductions or criteria.Reductions()
-    how.check(chosen.NAME)
+    criteria.check(chosen, unit, how, iterative=iterative)
     adapter = families.adapter(model)
     shape = surgery.shape_of(model)
     used = _checked(chosen, calibration, shape, model)

@@ -112,6 +112,69 @@ def test_planning_without_scores_equals_scoring_first(run, tmp_path: Path, folde
     assert read_plan(one).provenance.scores_digest == read_scores(scores).digest()
 
 
+@pytest.mark.parametrize(
+    "how", [["--unit", "module", "--ratio", 0.3], ["--blocks", 2], ["--unit", "module", "--target-params", 90e3]]
+)
+def test_iterative_plans_equal_those_of_a_full_iterative_order(run, tmp_path: Path, folder: Path, ids: str, how):
+    one, two, scores = tmp_path / "one.json", tmp_path / "two.json", tmp_path / "scores.json"
+    unit = how[:2] if how[0] == "--unit" else []
+    run("plan", folder, "--method", "ppl", "--iterative", *how, "--calibration", ids, "--out", one)
+    text, _ = run("score", folder, "--criterion", "ppl", "--iterative", *unit, "--calibration", ids, "--out", scores)
+    assert "scored again after each removal" in text
+    assert len(read_scores(scores).order or ()) == (7 if unit else 3)
+    run("plan", folder, "--method", "ppl", "--iterative", *how, "--scores", scores, "--out", two)
+    assert read_plan(one).keep == read_plan(two).keep
+
+
+def test_modules_are_scored_planned_and_shown(run, run_json, tmp_path: Path, folder: Path, ids: str):
+    text, _ = run("score", folder, "--criterion", "kl", "--unit", "module", "--calibration", ids)
+    assert re.search(r"block\s+attention\s+FFN", text)
+    made = run_json("plan", folder, "--method", "taylor", "--unit", "module", "--ratio", 0.4, "--calibration", ids)
+    assert made["method"] == "taylor (modules)"
+    assert any("" in (one["kv_groups"], one["neurons"]) for one in made["keep"])
+
+
+def test_reductions_reach_the_criterion(run_json, folder: Path):
+    how = ["--weight-reduction", "max", "--block-reduction", "mean"]
+    seen = run_json("score", folder, "--criterion", "mag", *how)
+    assert seen["details"] == {"weight_reduction": "max", "block_reduction": "mean"}
+    planned = run_json("plan", folder, "--method", "mag", "--blocks", 1, *how)
+    plain = run_json("plan", folder, "--method", "mag", "--blocks", 1)
+    assert planned["provenance"]["scores_digest"] != plain["provenance"]["scores_digest"]
+
+
+def test_a_preset_is_a_real_plan_without_data(run_json):
+    seen = run_json("plan", "vicuna-7b", "--preset", "paper-vicuna-7b-ppl-20")
+    assert not seen["blind"]
+    assert {one["index"] for one in seen["keep"]} == set(range(32)) - {25, 27, 10, 24, 11, 20}
+    cut = run_json("plan", "llama-7b", "--preset", "paper-llama-7b-taylor", "--blocks", 3, "--protect", "0,0")
+    assert {one["index"] for one in cut["keep"]} == set(range(32)) - {0, 27, 24}
+
+
+def test_a_cut_inside_the_interval_is_noted(run, folder: Path, ids: str):
+    _, noted = run("plan", folder, "--method", "ppl", "--blocks", 1, "--calibration", ids)
+    assert "note: the cut falls inside a 95 % interval of ppl" in noted.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--method", "bi", "--unit", "module", "--ratio", 0.5], "--unit module is not for bi"),
+        (["--method", "mag", "--iterative", "--blocks", 1], "--iterative is not for mag"),
+        (["--method", "ppl", "--blocks", 1, "--weight-reduction", "max"], "criterion ppl reduces no weights"),
+        (["--method", "mag", "--blocks", 1, "--block-reduction", "avg"], "--block-reduction 'avg' is unknown"),
+        (["--preset", "paper-llama-7b-ppl-20"], "is for the blocks of llama-7b"),
+        (["--preset", "paper-llama-7b-ppl-20", "--method", "ppl"], "leave out --method"),
+        (["--preset", "paper-llama-7b-ppl-20", "--iterative"], "leave out --iterative"),
+        (["--method", "ppl"], "give exactly one of --ratio, --blocks, --target-params; saw none"),
+        (["--ratio", 0.5], "nothing says what to remove"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(run, folder: Path, ids: str, arguments, problem: str):
+    _, said = run("plan", folder, *arguments, "--calibration", ids, code=2)
+    assert problem in said.replace("\n", " ")
+
+
 def test_a_plan_holds_no_path_of_this_machine(run, tmp_path: Path, folder: Path):
     run("plan", folder, "--method", "mag", "--ratio", 0.5, "--out", tmp_path / "plan.json")
     assert str(folder.parent) not in (tmp_path / "plan.json").read_text()

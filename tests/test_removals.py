@@ -145,3 +145,56 @@ def test_bad_requests_by_module_are_refused(call, problem: str) -> None:
         call()
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# -- the cut and its uncertainty --------------------------------------------------------------------------------------
+
+
+def with_intervals(values, half: float) -> Scores:
+    interval = [[value - half, value + half] for value in values]
+    details = {"dense": 1.0, "interval": interval, "sequence_tokens": [8] * 5}
+    return Scores("ppl", "block", SHAPE.digest(), blocks=tuple(values), details=details)
+
+
+@pytest.mark.parametrize(
+    ("half", "blocks", "protect", "said"),
+    [
+        (0.5, 2, (0, 0), None),
+        (1.5, 2, (0, 0), "ppl: 1 goes at 4, 2 stays at 5, and 5 sequences do not tell them apart; more --samples may"),
+        (1.5, 3, (0, 0), None),
+        (10.5, 3, (0, 0), "ppl: 2 goes at 5, 3 stays at 9"),
+        (1.5, 3, (1, 0), "ppl: 3 goes at 9, 4 stays at 10"),
+        (10.0, 5, (1, 0), None),
+    ],
+)
+def test_a_cut_inside_an_interval_is_told(half: float, blocks: int, protect: tuple[int, int], said: str | None) -> None:
+    scores = with_intervals((3.0, 4.0, 5.0, 9.0, 10.0, 30.0), half)
+    made = make_plan_for("ppl", model="m", shape=SHAPE, target=Target("blocks", blocks), scores=scores, protect=protect)
+    told = removals.doubt(scores, SHAPE, made.keep, protect)
+    if said is None:
+        assert told is None
+    else:
+        assert told is not None
+        assert said in told
+        assert "\n" not in told
+
+
+def test_intervals_of_modules_are_compared_by_damage_per_parameter() -> None:
+    attention, mlp = (2.0, 2.0 + 2 * MHA / FFN, 9, 9, 9, 9), (1.0 + 1.5 * FFN / MHA, 99, 99, 99, 99, 99)
+    ends = {"attention": [[v - 0.1, v + 0.1] for v in attention], "mlp": [[v - 0.1, v + 0.1] for v in mlp]}
+    details = {"dense": 1.0, "interval": ends, "sequence_tokens": [8] * 5}
+    scores = msgspec.structs.replace(by_module(attention, mlp), details=details)
+    made = plan("target-params", SHAPE.parameters - MHA, scores)
+    assert made.keep[0] == BlockKeep(0, kv_groups="")
+    assert removals.doubt(scores, SHAPE, made.keep, (0, 0)) is None
+    wide = {part: [[low - 5, high + 5] for low, high in listed] for part, listed in ends.items()}
+    unsure = msgspec.structs.replace(scores, details={**details, "interval": wide})
+    assert "0.attention goes at 2" in str(removals.doubt(unsure, SHAPE, made.keep, (0, 0)))
+
+
+def test_scores_without_intervals_raise_no_doubt() -> None:
+    scores = with_intervals((3.0, 4.0, 5.0, 9.0, 10.0, 30.0), 100)
+    keep = tuple(map(BlockKeep, range(1, 6)))
+    assert removals.doubt(scores, SHAPE, keep, (0, 0)) is not None
+    for change in ({"details": {"interval": None}}, {"details": None}, {"order": ("0",)}):
+        assert removals.doubt(msgspec.structs.replace(scores, **change), SHAPE, keep, (0, 0)) is None

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import shortllama as sl
-from shortllama import calibration, criteria, scoring, surgery
+from shortllama import calibration, criteria, removals, scoring, surgery
 from shortllama.errors import InputError, PlanError, UnsupportedError
+from shortllama.plan import BlockKeep, shape_after
+from shortllama.removals import Goal
 from shortllama.scores import Scores, read_scores, write_scores
 
 
@@ -151,6 +153,26 @@ def test_self_calibration_is_the_default(model):
     assert source is not None
     assert source["source"] == "self"
     assert source["tokens"] == 32
+
+
+def test_modules_iteration_and_presets_in_python(model, used):
+    shape = surgery.shape_of(model)
+    plan = sl.plan(model, method="ppl", ratio=0.3, unit="module", iterative=True, calibration=used)
+    assert plan.method == "ppl (modules, iterative)"
+    pruned = sl.apply(plan, model)
+    assert surgery.shape_of(pruned).parameters == shape_after(shape, plan.keep).parameters
+    steps = sl.plan(model, method="taylor", blocks=2, iterative=True, calibration=used, protect=(1, 0))
+    goal = Goal(2, "floor", "count")
+    scores = scoring.iterate(model, "taylor", used, goal=goal, protect=(1, 0))
+    assert steps.keep == removals.keep_after(shape, map(removals.parse, scores.order or ()))
+    assert sl.plan("llama-7b", preset="paper-llama-7b-taylor-20").keep[24:] == (BlockKeep(30), BlockKeep(31))
+    mean = sl.plan(model, method="mag", blocks=1, reductions=criteria.Reductions("mean", "mean"))
+    direct = scoring.score(model, "mag", reductions=criteria.Reductions("mean", "mean"))
+    assert mean.provenance.scores_digest == direct.digest()
+    modules = sl.score(model, "kl", calibration=used, unit="module")
+    assert (modules.unit, modules.blocks) == ("module", None)
+    with pytest.raises(InputError, match="give either a method or a preset"):
+        sl.plan(model, ratio=0.5)
 
 
 def test_width_plans_are_scored_towards_their_own_target(model, used, tiny_shape):

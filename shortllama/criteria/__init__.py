@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from shortllama import removals
+from shortllama import methods, removals
 from shortllama.errors import InputError
 from shortllama.removals import Part, Piece
 
@@ -123,7 +123,10 @@ class Task:
 
     def measured(self, values: Sequence[float], details: dict[str, Any] | None = None) -> Measured:
         """Return one score a piece, in order, as what the criterion found."""
-        return Measured(details=details, **{name: tuple(found) for name, found in self.lay_out(values).items()})
+        lists = {name: tuple(found) for name, found in self.lay_out(values).items()}
+        return Measured(
+            blocks=lists.get("blocks"), attention=lists.get("attention"), mlp=lists.get("mlp"), details=details
+        )
 
     @cached_property
     def stack(self) -> Stack:
@@ -169,6 +172,19 @@ def lookup(name: str) -> Criterion:
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(CRITERIA)}"
         raise InputError(f"criterion {name!r} is unknown; {hint}")
     return cast("Criterion", importlib.import_module(CRITERIA[name]))
+
+
+def check(chosen: Criterion, unit: Unit | None, reductions: Reductions, *, iterative: bool) -> None:
+    """Raise InputError for what a criterion cannot be asked: another unit, reductions of no weights, iteration."""
+    if unit is not None and unit not in chosen.UNITS:
+        raise InputError(f"criterion {chosen.NAME} scores by {' or '.join(chosen.UNITS)}, not by {unit}")
+    reductions.check(chosen.NAME)
+    able = sorted({row.criterion for row in methods.METHODS.values() if row.iterative})
+    if iterative and chosen.NAME not in able:
+        raise InputError(
+            f"--iterative is not for criterion {chosen.NAME}, whose order does not change as parts go; "
+            f"use one of {', '.join(able)}"
+        )
 
 
 def remark(scores: Scores, after: ModelShape) -> str | None:
