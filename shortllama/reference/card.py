@@ -116,7 +116,7 @@ blocks, nothing retrained:
 | --- | --- |
 | nothing | {found["dense"]:.3f} |
 | blocks {listed}, chosen by `ppl` on text sampled from the model itself | {found["chosen_loss"]:.3f} |
-| random choices of {len(found["chosen"])}: best, median, worst of {len(random)} | {random[0]:.3f}, {statistics.median(random):.3f}, {random[-1]:.3f} |
+| random choices of {len(found["chosen"])}: best, median, mean, worst of {len(random)} | {random[0]:.3f}, {statistics.median(random):.3f}, {statistics.fmean(random):.3f}, {random[-1]:.3f} |
 
 The choice of `ppl` beats {beaten} of the {len(random)} random ones. Removing one block:
 
