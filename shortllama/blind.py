@@ -54,7 +54,7 @@ def parse(text: str, *, model: str, shape: ModelShape, seed: int = 0) -> Plan:
                 provenance=Provenance(seed=seed if pattern is _FLAP else None),
             )
     match = _METHOD.fullmatch(text)
-    if match and match[1] not in ("depth", "width", "flap"):
+    if match and match[1] not in ("depth", "width"):
         method = methods.lookup(match[1]).name
         return make_plan_for(method, model=model, shape=shape, target=Target("ratio", float(match[2])))
     raise InputError(f"plan {text!r} is not understood; write {GRAMMAR}")

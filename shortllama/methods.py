@@ -22,6 +22,7 @@ class Method(msgspec.Struct, frozen=True):
     "block"), or the KV groups and the neurons of each unprotected block (unit "width"). `choice`: the lowest scores
     wherever they are, or the one contiguous run that scores lowest. `modules`: can score attention and FFNs apart.
     `iterative`: scores change as parts go, so that scoring again after each removal makes a difference.
+    `compensation`: the biases that stand in for what its plans remove.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method(msgspec.Struct, frozen=True):
     choice: Literal["ranked", "run"] = "ranked"
     modules: bool = False
     iterative: bool = False
+    compensation: str | None = None
 
 
 # Shortened LLaMA section 3.1 keeps the first four and the last two blocks in its "+" variants.
@@ -56,6 +58,8 @@ METHODS: dict[str, Method] = {
         Method("last", "last", "block", half_up),
         Method("wanda-sp", "wanda-sp", "width", truncated),
         Method("mag-sp", "mag-sp", "width", truncated),
+        Method("flap", "flap", "width", truncated, compensation="flap"),
+        Method("flap-exact", "flap-exact", "width", truncated, compensation="flap"),
     )
 }
 

@@ -22,6 +22,9 @@ from shortllama.shape import BlockShape, ModelShape
 
 SCHEMA = "shortllama.plan/1"
 
+# The projections that each kind of bias compensation gives a bias.
+COMPENSATED: dict[str, tuple[str, ...]] = {"flap": ("o", "down")}
+
 
 class BlockKeep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One surviving block: its index in the base, and the KV groups and neurons kept, as index sets.
@@ -139,6 +142,16 @@ def shape_after(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> ModelShape:
     return msgspec.structs.replace(shape, blocks=tuple(blocks))
 
 
+def shape_of(plan: Plan, base: ModelShape) -> ModelShape:
+    """Return the shape of what `plan` makes of `base`: what it keeps, and the biases of its compensation."""
+    return with_biases(shape_after(base, plan.keep), COMPENSATED.get(plan.compensation or "", ()))
+
+
+def with_biases(shape: ModelShape, projections: tuple[str, ...]) -> ModelShape:
+    """Return `shape` with biases on these projections too."""
+    return msgspec.structs.replace(shape, biases=tuple(dict.fromkeys((*shape.biases, *projections))))
+
+
 def make_plan(
     *,
     model: str,
@@ -151,7 +164,7 @@ def make_plan(
     provenance: Provenance | None = None,
 ) -> Plan:
     """Return a checked plan with its achieved share of parameters filled in. Raises PlanError for bad indices."""
-    after = shape_after(shape, keep)
+    after = with_biases(shape_after(shape, keep), COMPENSATED.get(compensation or "", ()))
     removed = 1 - after.parameters / shape.parameters
     return Plan(
         base=Base(model, shape.digest()),

@@ -16,6 +16,7 @@ from shortllama.plan import Target
 from shortllama.removals import Unit
 from shortllama.scores import Scores, check_finite
 from shortllama.shape import ModelShape
+from shortllama.variants import Variant
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -30,11 +31,17 @@ class Request(msgspec.Struct, frozen=True):
     at_most: bool
     unit: Unit | None = None
     iterative: bool = False
+    variant: Variant = Variant()
 
     @property
     def depth_unit(self) -> Unit:
         """What a method that removes whole parts removes."""
         return self.unit or "block"
+
+    @property
+    def compensation(self) -> str | None:
+        """The bias compensation of the plan; a blind one has no means to make biases from."""
+        return None if self.scores is None else self.method.compensation
 
     @property
     def scored_unit(self) -> str:
@@ -75,6 +82,7 @@ def variant(request: Request) -> str:
     """Return what a plan's method is called beside its name."""
     said = ["modules"] if request.depth_unit == "module" else []
     said += ["iterative"] if request.iterative else []
+    said += request.variant.said()
     return f" ({', '.join(said)})" if said else ""
 
 
@@ -94,6 +102,7 @@ def check(request: Request) -> None:
         raise PlanError(
             f"--protect {first},{last} leaves none of the {blocks} blocks to {request.method.name}; lower it"
         )
+    request.variant.check(request.method.name, request.method.criterion)
     kind, value = request.target.kind, request.target.value
     blockwise = request.method.unit == "block" and request.depth_unit == "block"
     known = ("ratio", "blocks", "target-params") if blockwise else ("ratio", "target-params")
@@ -141,6 +150,13 @@ def _check_scores(request: Request, scores: Scores) -> None:
         raise PlanError(
             f"scores are of another model (shape {scores.base_digest}, this one is {shape.digest()}); score this model"
         )
+    recorded = (scores.details or {}).keys()
+    lacking = sorted({"attention_deviation", "means"} - recorded) if method.compensation else []
+    if lacking:
+        raise InputError(f"scores lack details.{lacking[0]}, which method {method.name} needs; score again")
+    metric = request.variant.metric
+    if metric is not None and scores.details and scores.details.get("metric") != metric:
+        raise InputError(f"these scores are of --metric {scores.details.get('metric')}, not {metric}; score again")
     if method.choice == "run" and not _has_runs(scores, len(shape.blocks)):
         raise InputError(f"scores lack 'runs' of every length, which method {method.name} needs; score again")
     check_finite(scores)

@@ -22,6 +22,7 @@ from shortllama.plan import shape_after
 from shortllama.removals import Goal, Piece
 from shortllama.scores import Cost, Scores, check_finite
 from shortllama.shape import ModelShape
+from shortllama.variants import Variant
 
 Progress = Callable[[int, int], None]
 
@@ -36,6 +37,7 @@ def score(
     *,
     unit: criteria.Unit | None = None,
     towards: ModelShape | None = None,
+    variant: Variant | None = None,
     seed: int = 0,
     reductions: criteria.Reductions | None = None,
     progress: Progress | None = None,
@@ -45,15 +47,17 @@ def score(
     `calibration` is needed by all but mag, mag-sp, random and last, which ignore it. `unit`: "module" scores attention
     and FFNs apart, None is the criterion's own. `towards`: the shape that the model will be pruned to; wanda-sp feeds
     the outputs of blocks pruned to it on, and dense outputs without it. `reductions`: how mag and taylor aggregate
-    weights, by default the published sums. `seed` is for random scores and bootstrap intervals. `progress(done, total)`
-    is called as the work goes on. Equal arguments give equal scores on one machine; weights, flags and mode of `model`
-    are left as they were.
+    weights, by default the published sums. `variant`: what flap measures. `seed` is for random scores and bootstrap
+    intervals. `progress(done, total)` is called as the work goes on. Equal arguments give equal scores on one machine;
+    weights, flags and mode of `model` are left as they were.
 
     Raises InputError for an unknown criterion, missing calibration, ids outside the vocabulary, a model without
     weights, and scores that are not finite or all equal; UnsupportedError for an unknown family.
     """
     chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress, iterative=False)
-    task = dataclasses.replace(task, towards=towards)
+    how = variant or Variant()
+    how.check_measured(chosen.NAME)
+    task = dataclasses.replace(task, towards=towards, variant=how)
     cost = start_cost(model, _tokens(task))
     with stack.quiet(model):
         found = chosen.score(task)

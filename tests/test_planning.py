@@ -20,7 +20,8 @@ from shortllama.shape import ModelShape
 
 RUN_METHODS = sorted(name for name, row in METHODS.items() if row.choice == "run")
 DEPTH = sorted(name for name, row in METHODS.items() if row.unit == "block")
-WIDTH = sorted(name for name, row in METHODS.items() if row.unit == "width")
+# Those that take the same share of every block; tests/test_width_rules.py has the others.
+WIDTH = ["mag-sp", "wanda-sp"]
 LLAMA_7B, LLAMA_13B = catalogue.lookup("llama-7b"), catalogue.lookup("llama-13b")
 
 # LLM-Pruner's parameters at the paper's three ratios, and the blocks that the paper's depth models keep.

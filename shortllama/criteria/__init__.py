@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from shortllama import methods, removals
 from shortllama.errors import InputError
 from shortllama.removals import Part, Piece
+from shortllama.variants import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,8 @@ CRITERIA: dict[str, str] = {
     "last": "shortllama.criteria.last",
     "wanda-sp": "shortllama.criteria.wanda_sp",
     "mag-sp": "shortllama.criteria.mag_sp",
+    "flap": "shortllama.criteria.flap",
+    "flap-exact": "shortllama.criteria.flap_exact",
 }
 
 
@@ -107,6 +110,7 @@ class Task:
     unit: Unit = "block"
     members: tuple[int, ...] | None = None
     kept: dict[int, Tensor] | None = None
+    variant: Variant = Variant()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -1,0 +1,287 @@
+"""FLAP's statistics against its own lines, exact ones against numpy, and its biases against a masked model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from shortllama import calibration, compensation, scoring, surgery, verification
+from shortllama.criteria import flap
+from shortllama.errors import InputError, PlanError
+from shortllama.families import adapter
+from shortllama.plan import BlockKeep, Plan, Provenance, Target, kept_groups, kept_neurons, make_plan, shape_of
+from shortllama.planning import make_plan_for
+from shortllama.scores import Scores
+from shortllama.shape import ModelShape
+from shortllama.variants import METRICS, Variant
+
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"biases": ("q", "k", "v")}, "qwen3": {"qk_norm": True}}
+METHODS = ("flap", "flap-exact")
+
+
+def build(family: str = "llama", **changes: Any):
+    sizes = {"vocabulary": 41, "hidden": 24, "head_dim": 6, "blocks": 4, "query_heads": 6, "kv_heads": 3, "neurons": 20}
+    shape = ModelShape.uniform(family=family, **{**sizes, **FAMILIES[family], **changes})
+    return surgery.build(shape, dtype="float64", std=0.2, seed=1)
+
+
+def tokens(rows: int = 5, length: int = 9) -> calibration.Calibration:
+    ids = np.random.default_rng(0).integers(0, 41, size=(rows, length))
+    return calibration.describe(ids, "made", seed=None, bos=None)
+
+
+def recorder(rows: list[np.ndarray]) -> Any:
+    return lambda _, inputs: rows.append(inputs[0][0].numpy())
+
+
+def inputs_of(model: Any, used: calibration.Calibration) -> list[dict[str, list[np.ndarray]]]:
+    """The inputs (T, C) of o and down of every block, sequence by sequence, of the model run as users run it."""
+    parts, seen, hooks = adapter(model), [], []
+    for block in parts.blocks:
+        found: dict[str, list[np.ndarray]] = {"o": [], "down": []}
+        for name, rows in found.items():
+            linear = parts.projections(block)[name]
+            hooks.append(linear.register_forward_pre_hook(recorder(rows)))
+        seen.append(found)
+    for sequence in used.sequences:
+        with torch.no_grad():
+            model(torch.from_numpy(sequence)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+class LayerOfFlap:
+    """BiasGPT of FLAP's lib/layerwrapper.py: its statements, with the old mean that is updated in place."""
+
+    def __init__(self, channels: int) -> None:
+        self.baseline_inp = torch.zeros(channels, dtype=torch.float64)
+        self.fluc_inp = torch.zeros(channels, dtype=torch.float64)
+        self.scaler_inp = torch.zeros(channels, dtype=torch.float64)
+        self.nsamples = 0
+
+    def add_batch(self, inp: torch.Tensor) -> None:
+        batch_size, inp = 1, inp.t()
+        old_baseline_inp = self.baseline_inp
+        self.baseline_inp *= self.nsamples / (self.nsamples + batch_size)
+        self.baseline_inp += torch.mean(inp, dim=1) / (self.nsamples + batch_size)
+        if self.nsamples == 0:
+            self.fluc_inp = torch.zeros_like(self.fluc_inp)
+        else:
+            self.fluc_inp *= (self.nsamples - 1) / (self.nsamples + batch_size - 1)
+            self.fluc_inp += torch.sum(
+                (inp - self.baseline_inp.unsqueeze(1)) * (inp - old_baseline_inp.unsqueeze(1)), dim=1
+            ) / (self.nsamples + batch_size)
+        self.scaler_inp *= self.nsamples / (self.nsamples + batch_size)
+        self.scaler_inp += torch.norm(inp, p=2, dim=1) ** 2 / (self.nsamples + batch_size)
+        self.nsamples += batch_size
+
+
+def published(rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layer = LayerOfFlap(rows[0].shape[1])
+    for x_TC in rows:
+        layer.add_batch(torch.from_numpy(x_TC))
+    return layer.baseline_inp, layer.fluc_inp, layer.scaler_inp
+
+
+def exact(rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    everything = np.concatenate(rows)
+    squares = np.mean([(x_TC**2).sum(axis=0) for x_TC in rows], axis=0)
+    return torch.from_numpy(everything.mean(0)), torch.from_numpy(everything.var(0, ddof=1)), torch.from_numpy(squares)
+
+
+def metric_by_hand(metric: str, weight: torch.Tensor, fluctuation: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    if metric == "IFV":
+        return fluctuation
+    if metric == "WIFV":
+        return fluctuation * torch.sum(weight**2, dim=0)
+    return torch.mean(torch.abs(weight) * torch.sqrt(squares.reshape(1, -1)), dim=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("metric", [None, *METRICS])
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_are_those_of_flaps_statements(method: str, metric: str | None, family: str) -> None:
+    model, used = build(family), tokens()
+    scores = scoring.score(model, method, used, variant=Variant(metric=metric))
+    assert scores.kv_groups is not None
+    assert scores.neurons is not None
+    assert scores.details is not None
+    assert scores.details["metric"] == (metric or "WIFV")
+    statistic = published if method == "flap" else exact
+    for index, found in enumerate(inputs_of(model, used)):
+        block = model.model.layers[index]
+        for name, linear in (("o", block.self_attn.o_proj), ("down", block.mlp.down_proj)):
+            mean, fluctuation, squares = statistic(found[name])
+            columns = metric_by_hand(metric or "WIFV", linear.weight.detach(), fluctuation, squares)
+            assert scores.details["means"][name][index] == pytest.approx(mean.tolist(), rel=1e-9, abs=1e-12)
+            if name == "down":
+                assert scores.neurons[index] == pytest.approx(columns.tolist(), rel=1e-9)
+                continue
+            columns = columns**2
+            heads = columns.reshape(6, 6).sum(dim=1)
+            groups = [(heads[2 * g] + heads[2 * g + 1]).item() for g in range(3)]
+            assert scores.kv_groups[index] == pytest.approx(groups, rel=1e-9)
+            assert scores.details["attention_deviation"][index] == pytest.approx(columns.std().item(), rel=1e-9)
+
+
+def test_the_closed_form_of_the_published_fluctuation() -> None:
+    """f_N = 1/(N-1) sum over k >= 2 of (k-1)/k S_k, with S_k around the mean after k sequences."""
+    rows = torch.from_numpy(np.random.default_rng(3).normal(2, 1, size=(7, 5, 4)))
+    found = flap.Published(4, torch.device("cpu"))
+    expected = torch.zeros(4, dtype=torch.float64)
+    for k, x_TC in enumerate(rows, 1):
+        found.add(x_TC)
+        centred = ((x_TC - rows[:k].mean(dim=(0, 1))) ** 2).sum(dim=0)
+        expected += (k - 1) / k * centred / (len(rows) - 1)
+    torch.testing.assert_close(found.fluctuation_C, expected, rtol=1e-12, atol=0)
+
+
+def test_batches_do_not_matter(monkeypatch) -> None:
+    model, used = build(), tokens(rows=7)
+    whole = [scoring.score(model, method, used) for method in METHODS]
+    monkeypatch.setattr(calibration, "rows_within", lambda length, vocabulary: 2)
+    for one, method in zip(whole, METHODS, strict=True):
+        again = scoring.score(model, method, used)
+        assert again.neurons is not None
+        assert one.neurons is not None
+        np.testing.assert_allclose(again.neurons, one.neurons, rtol=1e-10)
+
+
+def test_one_sequence_has_no_published_fluctuation() -> None:
+    with pytest.raises(InputError, match="flap WIFV needs 2 calibration sequences or more, this has 1"):
+        scoring.score(build(), "flap", tokens(rows=1))
+    for method, metric in (("flap", "WIFN"), ("flap-exact", "WIFV")):
+        assert scoring.score(build(), method, tokens(rows=1), variant=Variant(metric=metric)).neurons
+
+
+# -- compensation -----------------------------------------------------------------------------------------------------
+
+
+def compensated(model: Any, scores: Scores, keep: tuple[BlockKeep, ...]) -> Plan:
+    return make_plan(
+        model="m",
+        shape=surgery.shape_of(model),
+        method="flap",
+        target=Target("shape", "drawn"),
+        keep=keep,
+        compensation="flap",
+        provenance=Provenance(scores_digest=scores.digest()),
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]), use_cache=False).logits
+
+
+def with_means(model: Any, scores: Scores, keep: tuple[BlockKeep, ...]) -> Any:
+    """The oracle: a dense model in whose output projections every pruned input channel is its mean.
+
+    The means of what comes before the first module left are dropped, as `compensation` documents.
+    """
+    parts, shape = adapter(model), surgery.shape_of(model)
+    kept, started = {one.index: one for one in keep}, False
+    assert scores.details is not None
+    for index, block in enumerate(parts.blocks):
+        one = kept.get(index, BlockKeep(index, "", ""))
+        groups = kept_groups(one, shape.blocks[index])
+        channels = {
+            "o": [c for g in groups for c in range(g * 12, g * 12 + 12)],
+            "down": list(kept_neurons(one, shape.blocks[index])),
+        }
+        for name, linear in parts.projections(block).items():
+            if name not in channels:
+                continue
+            started = started or bool(channels[name])
+            mask = torch.zeros(linear.in_features, dtype=torch.float64)
+            mask[channels[name]] = 1
+            mean = torch.tensor(scores.details["means"][name][index], dtype=torch.float64) * (1 - mask) * started
+            linear.register_forward_pre_hook(lambda _, args, mask=mask, mean=mean: (args[0] * mask + mean,))
+    return model
+
+
+KEEPS = {
+    "some": tuple(BlockKeep(i, "0,2", "0-8,11-15") for i in range(4)),
+    "no-attention": (BlockKeep(0, "1", "0-9"), BlockKeep(1), BlockKeep(2, "", "3-9"), BlockKeep(3)),
+    "no-attention-first": (BlockKeep(0, "", "2-9"), BlockKeep(1, "0-1"), BlockKeep(2), BlockKeep(3)),
+    "no-ffn": (BlockKeep(0, None, ""), BlockKeep(1), BlockKeep(2, "1", ""), BlockKeep(3, "0", "0-3")),
+    "blocks-gone": (BlockKeep(0, "0-1", "0-3"), BlockKeep(3)),
+    "first-block-gone": (BlockKeep(1, "0-1", "0-3"), BlockKeep(3)),
+}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_biases_stand_in_for_the_means_of_what_is_gone(family: str, keep: str) -> None:
+    model, used = build(family), tokens()
+    scores = scoring.score(model, "flap", used)
+    plan = compensated(model, scores, KEEPS[keep])
+    pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
+    assert (
+        sum(parameter.numel() for parameter in pruned.parameters())
+        == shape_of(plan, surgery.shape_of(model)).parameters
+    )
+    found, bare = logits(pruned), logits(surgery.apply(msgspec.structs.replace(plan, compensation=None), model))
+    expected = logits(with_means(model, scores, KEEPS[keep]))
+    assert (found - expected).abs().max() < 1e-9
+    assert (bare - expected).abs().max() > 1e-4, "the biases make no difference"
+
+
+def test_a_bias_of_the_base_is_kept_and_of_a_removed_module_moves_with_its_mean() -> None:
+    model, used = build(biases=("q", "k", "v", "o", "gate", "up", "down")), tokens()
+    scores = scoring.score(model, "flap", used)
+    for keep in KEEPS.values():
+        if keep[0].index or keep[0].kv_groups == "":
+            continue
+        plan = compensated(model, scores, keep)
+        pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
+        fresh = build(biases=("q", "k", "v", "o", "gate", "up", "down"))
+        assert (logits(pruned) - logits(with_means(fresh, scores, keep))).abs().max() < 1e-9
+
+
+def test_a_removed_first_attention_leaves_its_mean_behind() -> None:
+    """Nothing before it adds to the stream, so there is no bias to move to: documented, and nothing else is lost."""
+    model, used = build(), tokens()
+    scores = scoring.score(model, "flap", used)
+    plan = compensated(model, scores, (BlockKeep(0, ""), BlockKeep(1), BlockKeep(2), BlockKeep(3)))
+    found = compensation.biases(plan, model, scores)
+    assert found is not None
+    assert all((bias == 0).all() for bias in found.values())
+
+
+def test_a_plan_from_scores_is_compensated_and_applies() -> None:
+    model, used = build(), tokens()
+    for method in METHODS:
+        scores = scoring.score(model, method, used)
+        target = Target("ratio", 0.4)
+        plan = make_plan_for(method, model="m", shape=surgery.shape_of(model), target=target, scores=scores)
+        assert plan.compensation == "flap"
+        pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
+        assert surgery.shape_of(pruned) == shape_of(plan, surgery.shape_of(model))
+        removed = 1 - sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in model.parameters())
+        assert removed == pytest.approx(plan.achieved.parameters, abs=1e-6)
+
+
+def test_biases_belong_to_the_scores_of_their_plan() -> None:
+    model = build()
+    scores = scoring.score(model, "flap", tokens())
+    plan = compensated(model, scores, KEEPS["some"])
+    with pytest.raises(PlanError, match=r"whose means are in the scores it was made from; give them too"):
+        compensation.biases(plan, model, None)
+    with pytest.raises(PlanError, match="needs the same scores"):
+        compensation.biases(plan, model, scoring.score(model, "flap", tokens(rows=6)))
+    assert compensation.biases(msgspec.structs.replace(plan, compensation=None), model, None) is None
+
+
+def test_masking_alone_is_another_model() -> None:
+    """The oracle of `verify` needs the biases: without them it must not pass."""
+    model, used = build(), tokens()
+    scores = scoring.score(model, "flap", used)
+    plan = compensated(model, scores, KEEPS["some"])
+    pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
+    assert (logits(pruned) - logits(verification.mask(model, plan))).abs().max() > 1e-4
