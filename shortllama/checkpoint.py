@@ -20,6 +20,7 @@ import msgspec
 
 from shortllama import configs, files, layout, sources, tensorfile
 from shortllama.errors import InputError, PlanError
+from shortllama.families import lookup
 from shortllama.plan import Plan, check_base, shape_after, write_plan
 from shortllama.shape import ModelShape
 from shortllama.tensorfile import Planned, Stored
@@ -112,7 +113,8 @@ def stored_tensors(folder: Path, shape: ModelShape) -> dict[str, Stored]:
 
     Raises InputError naming the first tensor that is missing, not part of such a model, or of other dimensions.
     """
-    found = tensorfile.in_folder(folder)
+    family = lookup(shape.family)
+    found = {family.renamed.get(name, name): one for name, one in tensorfile.in_folder(folder).items()}
     wanted = layout.tensors(shape)
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -121,7 +123,7 @@ def stored_tensors(folder: Path, shape: ModelShape) -> dict[str, Stored]:
             f"whole {shape.family} causal language model as config.json describes it"
         )
     for name, one in found.items():
-        ignored = name.endswith(_COMPUTED) or (shape.tied and name.endswith("lm_head.weight"))
+        ignored = name.endswith((_COMPUTED, *family.ignored)) or (shape.tied and name == f"{family.head}.weight")
         if name not in wanted and not ignored:
             raise InputError(
                 f"{folder}: tensor {name!r} is not part of a {shape.family} model of the shape in config.json; "

@@ -12,21 +12,20 @@ from typing import Any
 
 import msgspec
 
+from shortllama.config_facts import (
+    BIASES_KEY,
+    FAMILY_KEY,
+    OWN_MODEL_TYPE,
+    Config,
+    family_of,
+    field_of,
+    has_window,
+    layer_types,
+)
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.families import Family, lookup
 from shortllama.plan import BlockKeep
 from shortllama.shape import BlockShape, ModelShape
-
-# Our own form for what no stock class can express (non-uniform widths, missing modules): the base's config, and the
-# blocks' sizes. Loading it with stock transformers fails by model type, loudly.
-OWN_MODEL_TYPE = "shortllama"
-
-# In a stock-loadable config whose model type is not the family of its weights (a Llama of 26 heads saved as mistral):
-# the family. Our loader builds that family's class, so that a pruned model and its base run the same code.
-FAMILY_KEY = "shortllama_family"
-
-# In such a config: the biases, where the model type groups them otherwise than the family does.
-BIASES_KEY = "shortllama_biases"
 
 # Stock classes that run the mathematics of a Llama at any head count, and the biases that each has only together.
 FOREIGN_BIASES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -36,9 +35,6 @@ FOREIGN_BIASES: dict[str, tuple[tuple[str, ...], ...]] = {
 _FOREIGN_ARCHITECTURES = {"mistral": "MistralForCausalLM", "seed_oss": "SeedOssForCausalLM"}
 _SEED_OSS_SWITCHES = ("attention_bias", "attention_out_bias", "mlp_bias")
 _LLAMA_LIKE = ("llama", "mistral", "qwen2")
-
-Config = dict[str, Any]
-
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
@@ -77,52 +73,43 @@ def _own_shape(config: Config) -> ModelShape:
 
 
 def _uniform_shape(config: Config, family: Family) -> ModelShape:
+    if family.mixer is not None:
+        return _stack_shape(config, family)
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     return ModelShape.uniform(
         family=family.model_type,
         vocabulary=int(config["vocab_size"]),
         hidden=hidden,
-        head_dim=int(_field(config, family, "head_dim") or hidden // heads),
+        head_dim=int(field_of(config, family, "head_dim") or hidden // heads),
         blocks=int(config["num_hidden_layers"]),
         query_heads=heads,
-        kv_heads=int(_field(config, family, "num_key_value_heads") or heads),
+        kv_heads=int(field_of(config, family, "num_key_value_heads") or heads),
         neurons=int(config["intermediate_size"]),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(field_of(config, family, "tie_word_embeddings")),
         biases=_biases(config, family),
         qk_norm=bool(family.head_norms),
         norms_per_module=family.norms_per_module,
     )
 
 
-def family_of(config: Config) -> Family:
-    """Return the family whose modules a config.json describes. Raises UnsupportedError for an unknown one."""
-    if config.get("model_type") == OWN_MODEL_TYPE:
-        return family_of(config.get("base", {}))
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
-        raise UnsupportedError(
-            f"config.json: weights quantized by {method!r} cannot be pruned; start from an unquantized checkpoint"
-        )
-    return lookup(config.get(FAMILY_KEY, config.get("model_type")))
+def _stack_shape(config: Config, family: Family) -> ModelShape:
+    """Return the shape of a stack whose blocks can only be removed whole."""
 
+    def field(name: str) -> Any:
+        return config[name] if name in config or name not in family.defaults else family.defaults[name]
 
-def layer_types(config: Config) -> list[str] | None:
-    """Return each block's kind of attention where a family has more than one, else None.
-
-    Old Qwen2 files leave the list out: blocks from `max_window_layers` on have the window, if it is used at all
-    (transformers' own rule, Qwen2Config.__post_init__).
-    """
-    if config.get("layer_types") is not None:
-        return list(config["layer_types"])
-    if not config.get("use_sliding_window"):
-        return None
-    first = int(config.get("max_window_layers", 28))
-    return ["full_attention" if i < first else "sliding_attention" for i in range(int(config["num_hidden_layers"]))]
-
-
-def _field(config: Config, family: Family, name: str) -> Any:
-    """Return a field as the stock config class would see it: absent fields have the class's default."""
-    return config.get(name, family.defaults.get(name))
+    assert family.mixer is not None
+    mixer = family.mixer(field)
+    return ModelShape(
+        family=family.model_type,
+        vocabulary=int(config["vocab_size"]),
+        hidden=int(config["hidden_size"]),
+        head_dim=mixer.head_dim,
+        tied=bool(field_of(config, family, "tie_word_embeddings")),
+        blocks=(mixer.block,) * int(config["num_hidden_layers"]),
+        final_norms=family.final_norms,
+        mixer=mixer.tensors,
+    )
 
 
 def _biases(config: Config, family: Family) -> tuple[str, ...]:
@@ -147,9 +134,14 @@ def config_of(shape: ModelShape) -> Config:
         "hidden_size": shape.hidden,
         "num_hidden_layers": len(shape.blocks),
         "tie_word_embeddings": shape.tied,
+        "pad_token_id": None,  # the class's own may lie beyond this vocabulary
         **{field: set(names) <= set(shape.biases) for field, names in family.bias_switches.items()},
         **({"sliding_window": None, "use_sliding_window": False} if family.sliding_window else {}),
     }
+    if family.mixer_fields is not None:
+        return {**fields, **family.mixer_fields(shape)}
+    if family.pattern is not None and not all(block.kv_heads for block in shape.blocks):
+        fields["layer_types"] = ["full_attention"] * len(shape.blocks)  # cache layers of one kind, see pruned_config
     heads = _legal_heads(shape)
     placeholder = BlockShape(heads, heads, max((1, *(block.neurons for block in shape.blocks))))
     return skeleton_config({**fields, **_sizes(shape, placeholder)}, shape)
@@ -187,9 +179,26 @@ def skeleton_config(config: Config, shape: ModelShape) -> Config:
     legal = {**copy.deepcopy(config), "model_type": shape.family, "head_dim": shape.head_dim}
     for name in (FAMILY_KEY, BIASES_KEY):
         legal.pop(name, None)
-    if not _accepts_heads(lookup(shape.family), shape.hidden, int(legal["num_attention_heads"])):
+    _check_heads(shape)
+    heads, groups = next(iter(_head_counts(shape)), (0, 0))
+    if lookup(shape.family).one_head_count and heads:
+        legal |= {"num_attention_heads": heads, "num_key_value_heads": groups}
+    elif not _accepts_heads(lookup(shape.family), shape.hidden, int(legal["num_attention_heads"])):
         legal |= {"num_attention_heads": _legal_heads(shape), "num_key_value_heads": _legal_heads(shape)}
     return legal
+
+
+def _head_counts(shape: ModelShape) -> set[tuple[int, int]]:
+    return {(block.query_heads, block.kv_heads) for block in shape.blocks if block.kv_heads}
+
+
+def _check_heads(shape: ModelShape) -> None:
+    if lookup(shape.family).one_head_count and len(_head_counts(shape)) > 1:
+        heads = sorted(query for query, _ in _head_counts(shape))
+        raise UnsupportedError(
+            f"{shape.family} reads one number of heads for all blocks from its config, this plan leaves "
+            f"{', '.join(map(str, heads))}; keep as many heads in every block"
+        )
 
 
 def stock_config(config: Config, shape: ModelShape) -> Config | None:
@@ -230,17 +239,9 @@ def _foreign(config: Config, shape: ModelShape, model_type: str, present: list[b
     }
 
 
-def has_window(config: Config) -> bool:
-    """Whether any block of a model attends to less than everything before it."""
-    kinds = layer_types(config)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    family = family_of(config)
-    return family.model_type == "mistral" and bool(_field(config, family, "sliding_window"))
-
-
 def own_config(config: Config, shape: ModelShape) -> Config:
     """Return our own form: `config` (the base's, with as many blocks as `shape`) and every block's sizes."""
+    _check_heads(shape)
     own: Config = {
         "model_type": OWN_MODEL_TYPE,
         "base": copy.deepcopy(config),
@@ -264,6 +265,8 @@ def base_config(config: Config) -> Config:
 
 def _is_plain(shape: ModelShape) -> bool:
     """Whether all blocks are alike and whole: what stock modelling code can express at all."""
+    if shape.mixer:
+        return True
     return shape.is_uniform and bool(shape.blocks) and min(shape.blocks[0].query_heads, shape.blocks[0].neurons) > 0
 
 
@@ -277,7 +280,7 @@ def _same_family(config: Config, shape: ModelShape) -> Config | None:
     expressible = (
         _is_plain(shape)
         and config.get("model_type") == shape.family
-        and _accepts_heads(family, shape.hidden, shape.blocks[0].query_heads)
+        and (bool(shape.mixer) or _accepts_heads(family, shape.hidden, shape.blocks[0].query_heads))
         and set(_biases(exact, family)) == set(shape.biases)
     )
     return exact if expressible else None
@@ -293,6 +296,8 @@ def _legal_heads(shape: ModelShape) -> int:
 
 
 def _sizes(shape: ModelShape, block: BlockShape) -> Config:
+    if shape.mixer:
+        return {}
     return {
         "head_dim": shape.head_dim,
         "num_attention_heads": block.query_heads,

@@ -50,7 +50,8 @@ def _vllm(shape: ModelShape, config: configs.Config) -> Fit:
         return Fit("vLLM", False, _own_form(shape))
     if form == "seed_oss" and set(shape.biases) != {"q", "k", "v"}:
         return Fit("vLLM", False, f"its seed_oss has biases on q, k, v only, this model on {', '.join(shape.biases)}")
-    if shape.head_dim % 8 or not 32 <= shape.head_dim <= 256:
+    attends = any(block.kv_heads for block in shape.blocks)
+    if attends and (shape.head_dim % 8 or not 32 <= shape.head_dim <= 256):
         return Fit(
             "vLLM", False, f"its attention kernels want heads of 32 to 256 in steps of 8, these are {shape.head_dim}"
         )

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from shortllama.families import Family, lookup
-from shortllama.families.family import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
+from shortllama.families.family import ATTENTION_PROJECTIONS
 from shortllama.plan import BlockKeep, kept_groups, kept_neurons
 from shortllama.shape import BlockShape, ModelShape
 
 Dimensions = tuple[int, ...]
+Axes = dict[str, tuple[int, ...] | None]
+
+_OF_ATTENTION = (*ATTENTION_PROJECTIONS, "qkv")
 
 
 class Slice(NamedTuple):
@@ -34,29 +37,35 @@ def tensors(shape: ModelShape) -> dict[str, Dimensions]:
     for index, block in enumerate(shape.blocks):
         for name, dimensions in _block_tensors(family, shape, block).items():
             found[f"{family.blocks}.{index}.{name}"] = dimensions
-    found[f"{family.final_norm}.weight"] = (shape.hidden,)
+    for leaf in ("weight", "bias")[: shape.final_norms]:
+        found[f"{family.final_norm}.{leaf}"] = (shape.hidden,)
     if not shape.tied:
         found[f"{family.head}.weight"] = (shape.vocabulary, shape.hidden)
     return found
 
 
 def _block_tensors(family: Family, shape: ModelShape, block: BlockShape) -> dict[str, Dimensions]:
+    if shape.mixer:
+        return dict(shape.mixer)
     found: dict[str, Dimensions] = {}
     hidden, queries, keys = shape.hidden, block.query_heads * shape.head_dim, block.kv_heads * shape.head_dim
     sizes = {
         "q": (queries, hidden),
         "k": (keys, hidden),
         "v": (keys, hidden),
+        "qkv": (queries + 2 * keys, hidden),
         "o": (hidden, queries),
         "gate": (block.neurons, hidden),
         "up": (block.neurons, hidden),
+        "gate_up": (2 * block.neurons, hidden),
         "down": (hidden, block.neurons),
     }
-    present = (ATTENTION_PROJECTIONS if block.query_heads else ()) + (MLP_PROJECTIONS if block.neurons else ())
-    for short in present:
-        found[f"{family.projections[short]}.weight"] = sizes[short]
+    for short, path in family.projections.items():
+        if not (block.query_heads if short in _OF_ATTENTION else block.neurons):
+            continue
+        found[f"{path}.weight"] = sizes[short]
         if short in shape.biases:
-            found[f"{family.projections[short]}.bias"] = sizes[short][:1]
+            found[f"{path}.bias"] = sizes[short][:1]
     if block.query_heads:
         found |= {f"{name}.weight": (shape.head_dim,) for name in family.head_norms}
         found |= {f"{name}.weight": (hidden,) for name in family.attention_norms}
@@ -85,15 +94,30 @@ def slices(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> dict[str, Slice]:
     return found
 
 
-def _kept_axes(shape: ModelShape, block: BlockShape, keep: BlockKeep) -> dict[str, tuple[int, ...] | None]:
-    """Return the kept positions along the axes "queries", "keys" and "neurons"; None where all are kept."""
+def _kept_axes(shape: ModelShape, block: BlockShape, keep: BlockKeep) -> Axes:
+    """Return the kept positions along the axes of a block; None where all are kept."""
     groups = kept_groups(keep, block)
     per_group = shape.head_dim * (block.query_heads // block.kv_heads) if block.kv_heads else 0
-    return {
-        "queries": None if keep.kv_groups is None else _expand(groups, per_group),
-        "keys": None if keep.kv_groups is None else _expand(groups, shape.head_dim),
-        "neurons": None if keep.neurons is None else kept_neurons(keep, block),
-    }
+    queries = None if keep.kv_groups is None else _expand(groups, per_group)
+    keys = None if keep.kv_groups is None else _expand(groups, shape.head_dim)
+    return block_axes(shape, block, queries, keys, None if keep.neurons is None else kept_neurons(keep, block))
+
+
+def block_axes(
+    shape: ModelShape,
+    block: BlockShape,
+    queries: tuple[int, ...] | None,
+    keys: tuple[int, ...] | None,
+    neurons: tuple[int, ...] | None,
+) -> Axes:
+    """Return positions in `block` along every axis that a projection has, fused ones included; None means all."""
+    after_q, after_k = block.query_heads * shape.head_dim, block.kv_heads * shape.head_dim
+    qkv = gate_up = None
+    if queries is not None and keys is not None:
+        qkv = (*queries, *(after_q + key for key in keys), *(after_q + after_k + key for key in keys))
+    if neurons is not None:
+        gate_up = (*neurons, *(block.neurons + neuron for neuron in neurons))
+    return {"queries": queries, "keys": keys, "qkv": qkv, "neurons": neurons, "gate_up": gate_up}
 
 
 def _expand(groups: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -105,16 +129,16 @@ _AXES: dict[str, tuple[str | None, str | None]] = {
     "q": ("queries", None),
     "k": ("keys", None),
     "v": ("keys", None),
+    "qkv": ("qkv", None),
     "o": (None, "queries"),
     "gate": ("neurons", None),
     "up": ("neurons", None),
+    "gate_up": ("gate_up", None),
     "down": (None, "neurons"),
 }
 
 
-def axes_of(
-    family: Family, name: str, axes: dict[str, tuple[int, ...] | None]
-) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+def axes_of(family: Family, name: str, axes: Axes) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """Return which of `axes` the rows and columns of a block's tensor run along; None for any other axis."""
     for short, path in family.projections.items():
         if name.startswith(f"{path}."):

@@ -134,6 +134,10 @@ def shape_after(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> ModelShape:
                 f"plan keeps block {one.index} after block {previous}; indices must ascend, below {len(shape.blocks)}"
             )
         previous = one.index
+        if shape.mixer and (one.kv_groups is not None or one.neurons is not None):
+            raise PlanError(
+                f"blocks of a {shape.family} model can only be removed whole; plan keeps part of block {previous}"
+            )
         block = shape.blocks[one.index]
         groups = block.kv_heads if one.kv_groups is None else count_indices(one.kv_groups, block.kv_heads)
         neurons = block.neurons if one.neurons is None else count_indices(one.neurons, block.neurons)

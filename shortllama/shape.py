@@ -10,11 +10,12 @@ Legend: h hidden, d head_dim, q query heads, k KV heads, f FFN neurons, V vocabu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import msgspec
 
-from shortllama.errors import InputError
+from shortllama.errors import InputError, UnsupportedError
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -50,7 +51,11 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `family` is the transformers model type whose modelling code runs it; `biases` names the projections that have one
     (out of q, k, v, o, gate, up, down); `norms_per_module` counts norm vectors of size h beside each MHA and each FFN
-    (1 in Llama, 2 in Gemma 2); `qk_norm` adds two vectors of size d to each attention (Qwen3).
+    (1 in Llama, 2 in Gemma 2); `qk_norm` adds two vectors of size d to each attention (Qwen3); `final_norms` counts the
+    vectors of the norm in front of the output head (2 where it has a bias).
+
+    `mixer` is for families whose blocks can only be removed whole (GPT-NeoX, Mamba): every tensor of a block by name
+    and dimensions. All blocks are then alike, and their heads and neurons say only what attention and its cache cost.
     """
 
     family: str
@@ -62,6 +67,8 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
     norms_per_module: int = 1
+    final_norms: int = 1
+    mixer: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         unknown = set(self.biases) - set(BIASES)
@@ -99,6 +106,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def attention_parameters(self, block: BlockShape) -> int:
         """Return the parameters of a block's attention with its norms: 2hd(q + k), biases, norms."""
+        self._check_parts()
         if block.query_heads == 0:
             return 0
         q, kv = block.query_heads * self.head_dim, block.kv_heads * self.head_dim
@@ -109,14 +117,23 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def mlp_parameters(self, block: BlockShape) -> int:
         """Return the parameters of a block's gated FFN with its norms: 3hf, biases, norms."""
+        self._check_parts()
         if block.neurons == 0:
             return 0
         widths = {"gate": block.neurons, "up": block.neurons, "down": self.hidden}
         vectors = sum(width for name, width in widths.items() if name in self.biases)
         return 3 * self.hidden * block.neurons + vectors + self.norms_per_module * self.hidden
 
+    def _check_parts(self) -> None:
+        if self.mixer:
+            raise UnsupportedError(
+                f"blocks of a {self.family} model can only be removed whole, not their attention or FFN"
+            )
+
     def block_parameters(self, block: BlockShape) -> int:
         """Return the parameters of one block."""
+        if self.mixer:
+            return sum(math.prod(dimensions) for _, dimensions in self.mixer)
         return self.attention_parameters(block) + self.mlp_parameters(block)
 
     @property
@@ -127,7 +144,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def parameters(self) -> int:
         """All parameters; a tied output head is counted once."""
-        outside = self.embedding_parameters * (1 if self.tied else 2) + self.hidden
+        outside = self.embedding_parameters * (1 if self.tied else 2) + self.final_norms * self.hidden
         return outside + sum(map(self.block_parameters, self.blocks))
 
     # -- bytes and FLOPs --------------------------------------------------------------------------------------------
@@ -161,6 +178,8 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _linear_multiplications(self) -> int:
         """Multiply-adds per token inside the blocks, without attention itself: the matrices' sizes."""
+        if self.mixer:
+            return len(self.blocks) * sum(math.prod(sizes) for _, sizes in self.mixer if len(sizes) > 1)
         return sum(
             2 * self.hidden * self.head_dim * (b.query_heads + b.kv_heads) + 3 * self.hidden * b.neurons
             for b in self.blocks
@@ -199,5 +218,11 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: tuple(n & -n for n in sorted(values) if n) for name, values in sizes.items()}
 
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that identify this shape (SHA-256 of its canonical JSON)."""
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
+        """Return 16 hexadecimal digits that identify this shape (SHA-256 of its canonical JSON).
+
+        Fields that came later are left out where they have their default: older digests stay valid.
+        """
+        fields = msgspec.to_builtins(self)
+        later = {"final_norms": 1, "mixer": ()}
+        kept = {name: value for name, value in fields.items() if name not in later or value != later[name]}
+        return hashlib.sha256(msgspec.json.encode(kept, order="sorted")).hexdigest()[:16]

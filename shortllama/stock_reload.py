@@ -23,11 +23,13 @@ def outputs(model: Any, prompt: list[int], steps: int) -> dict[str, Any]:
     tokens: list[int] = []
     with torch.inference_mode():
         result = model(ids, use_cache=True)
+        # State-space models name their cache otherwise.
+        cache = next(name for name in ("past_key_values", "cache_params") if getattr(result, name, None) is not None)
         logits = result.logits[0].float().cpu()
         for _ in range(steps):
             ids = result.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
-            result = model(ids, past_key_values=result.past_key_values, use_cache=True)
+            result = model(ids, use_cache=True, **{cache: getattr(result, cache)})
     return {"class": type(model).__name__, "logits": logits.tolist(), "tokens": tokens}
 
 

@@ -38,7 +38,7 @@ def build(
     attention: str = "sdpa",
     std: float = 0.02,
 ) -> PreTrainedModel:
-    """Return a model of `shape` with normal(0, `std`) weights and biases, norms one, in eval mode.
+    """Return a model of `shape` with normal(0, `std`) weights and biases, norms that only normalize, in eval mode.
 
     On device "meta" it holds no weights. Equal arguments give equal weights on one kind of device.
     """
@@ -47,10 +47,12 @@ def build(
     setattr(model, _RANDOM, True)
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
+    family = lookup(shape.family)
+
     def drawn(name: str, dimensions: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(dimensions, dtype=torch_dtype(dtype), device=device)
-        if "norm" in name.rsplit(".", 2)[-2]:
-            return tensor.fill_(1)
+        if name.endswith("weight") and "norm" in name.rsplit(".", 2)[-2]:
+            return tensor.fill_(family.norm_weight)
         return tensor.normal_(0, std, generator=generator)
 
     return put(model, {name: drawn(name, size) for name, size in layout.tensors(shape).items()}, device)
@@ -102,12 +104,22 @@ def skeleton(shape: ModelShape, config: configs.Config, *, dtype: str, attention
     """
     if attention not in ATTENTIONS:
         raise InputError(f"attention {attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+    attention = attention if lookup(shape.family).sdpa else "eager"
     fields = configs.skeleton_config(config, shape)
-    made = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    made = AutoConfig.for_model(fields.pop("model_type"), **_decoded(fields))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made, dtype=torch_dtype(dtype), attn_implementation=attention)
-        _resize(adapter(model), shape)
+        if not shape.mixer:  # made whole, with cache layers numbered by the class itself
+            _resize(adapter(model), shape)
     return model.eval()
+
+
+def _decoded(value: Any) -> Any:
+    """Return a config's values with the numbers that JSON lacks, which transformers writes as {"__float__": x}."""
+    if isinstance(value, dict):
+        marked = value.get("__float__")
+        return float(marked) if marked is not None else {name: _decoded(one) for name, one in value.items()}
+    return [_decoded(one) for one in value] if isinstance(value, list) else value
 
 
 def put(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: str) -> PreTrainedModel:
@@ -121,11 +133,28 @@ def put(model: PreTrainedModel, tensors: Mapping[str, Tensor], device: str) -> P
     missing = set(result.missing_keys) - set(getattr(model, "all_tied_weights_keys", {}))
     assert not missing, missing
     parts = adapter(model)
-    parent, _, leaf = parts.family.rotary.rpartition(".")
-    with torch.device("meta" if device == "meta" else "cpu"):
-        rotary = type(parts.rotary)(model.config)
-    setattr(model.get_submodule(parent), leaf, rotary.to(device))
+    if parts.family.rotary is not None:
+        parent, _, leaf = parts.family.rotary.rpartition(".")
+        made: Any = type(parts.rotary)
+        with torch.device("meta" if device == "meta" else "cpu"):
+            rotary = made(model.config)
+        setattr(model.get_submodule(parent), leaf, rotary.to(device))
+    if device != "meta":
+        _compute_constants(model, device)
     return model
+
+
+def _compute_constants(model: PreTrainedModel, device: str) -> None:
+    """Put in the constants that some classes keep as buffers and no checkpoint holds."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                continue
+            if name == "embed_scale":  # Gemma scales its embeddings
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+            else:
+                assert type(module).__name__ == "FalconMambaWeightlessRMSNorm", (type(module), name)
+                setattr(module, name, torch.ones(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _resize(parts: Adapter, shape: ModelShape) -> None:
@@ -143,6 +172,8 @@ def _resize(parts: Adapter, shape: ModelShape) -> None:
         attention, mlp = parts.attention(block), parts.mlp(block)
         if attention is not None:
             vars(attention).update(layer_idx=cache_layer, num_key_value_groups=size.query_heads // size.kv_heads)
+            if hasattr(attention, "num_key_value_heads"):
+                vars(attention).update(num_key_value_heads=size.kv_heads)
             cache_layer += 1
         if mlp is not None:
             vars(mlp).update(intermediate_size=size.neurons)
@@ -151,7 +182,8 @@ def _resize(parts: Adapter, shape: ModelShape) -> None:
 def _features(shape: ModelShape, size: BlockShape, name: str) -> tuple[int, int, bool]:
     """Return a projection's input size, output size, and whether it has a bias."""
     queries, keys = size.query_heads * shape.head_dim, size.kv_heads * shape.head_dim
-    inside = {"q": queries, "k": keys, "v": keys, "o": queries}.get(name, size.neurons)
+    fused = {"qkv": queries + 2 * keys, "gate_up": 2 * size.neurons}
+    inside = {"q": queries, "k": keys, "v": keys, "o": queries, **fused}.get(name, size.neurons)
     bias = name in shape.biases
     return (inside, shape.hidden, bias) if name in ("o", "down") else (shape.hidden, inside, bias)
 
@@ -164,7 +196,7 @@ def _replace_linear(block: nn.Module, path: str, linear: nn.Linear, wanted: tupl
 
 
 class PartialBlock(GradientCheckpointingLayer):
-    """A pre-norm decoder block without its attention, its FFN, or both; a removed module's norm is gone too.
+    """A pre-norm decoder block without its attention, its FFN, or both; a removed module's norms are gone too.
 
     Runs the stock modules it was made from, under their own names, and nothing in place of the removed ones: adding
     a zero would cost a kernel launch that the comparison would measure.
@@ -173,19 +205,27 @@ class PartialBlock(GradientCheckpointingLayer):
     def __init__(self, family: Family, block: nn.Module, size: BlockShape) -> None:
         super().__init__()
         self.has_attention, self.has_mlp = bool(size.query_heads), bool(size.neurons)
-        self.names = (family.attention_norms[0], family.attention, family.mlp_norms[0], family.mlp)
-        present = (self.has_attention, self.has_attention, self.has_mlp, self.has_mlp)
-        for name, here in zip(self.names, present, strict=True):
-            self.register_module(name, getattr(block, name) if here else None)
+        assert family.mlp is not None
+        self.attention_names = (family.attention_norms[0], family.attention, *family.attention_norms[1:])
+        self.mlp_names = (family.mlp_norms[0], family.mlp, *family.mlp_norms[1:])
+        for names, here in ((self.attention_names, self.has_attention), (self.mlp_names, self.has_mlp)):
+            for name in names:
+                self.register_module(name, getattr(block, name) if here else None)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Return the hidden states (B, T, h) after what is left of the block; arguments as in the stock block."""
-        attention_norm, attention, mlp_norm, mlp = (getattr(self, name) for name in self.names)
         if self.has_attention:
-            attended, _ = attention(hidden_states=attention_norm(hidden_states), **kwargs)
+            norm, attention, *after = (getattr(self, name) for name in self.attention_names)
+            attended, _ = attention(hidden_states=norm(hidden_states), **kwargs)
+            for norm in after:
+                attended = norm(attended)
             hidden_states = hidden_states + attended
         if self.has_mlp:
-            hidden_states = hidden_states + mlp(mlp_norm(hidden_states))
+            norm, mlp, *after = (getattr(self, name) for name in self.mlp_names)
+            output = mlp(norm(hidden_states))
+            for norm in after:
+                output = norm(output)
+            hidden_states = hidden_states + output
         return hidden_states
 
 
@@ -231,6 +271,8 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     """Return the shape of a model as its modules are, resized or not. Raises UnsupportedError for unknown families."""
     parts = adapter(model)
     outside = configs.shape_of(config_dict(model))
+    if outside.mixer:
+        return msgspec.structs.replace(outside, blocks=outside.blocks[:1] * len(parts.blocks))
     blocks = tuple(_block_shape(parts, block) for block in parts.blocks)
     present = [name for block in parts.blocks for name, one in parts.projections(block).items() if one.bias is not None]
     biases = tuple(dict.fromkeys((*outside.biases, *present)))
@@ -280,5 +322,9 @@ def attention_name(model: PreTrainedModel) -> str:
 
 def _block_shape(parts: Adapter, block: nn.Module) -> BlockShape:
     found = parts.projections(block)
-    sizes = {name: found[name].out_features if name in found else 0 for name in ("q", "k", "gate")}
-    return BlockShape(sizes["q"] // parts.head_dim, sizes["k"] // parts.head_dim, sizes["gate"])
+    queries = found["o"].in_features if "o" in found else 0
+    keys = found["k"].out_features if "k" in found else 0
+    if "qkv" in found:
+        keys = (found["qkv"].out_features - queries) // 2
+    neurons = found["down"].in_features if "down" in found else 0
+    return BlockShape(queries // parts.head_dim, keys // parts.head_dim, neurons)

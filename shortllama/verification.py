@@ -214,8 +214,19 @@ def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     with torch.no_grad():
         for index, block in enumerate(parts.blocks):
             keep = kept.get(index, BlockKeep(index, "", ""))
-            _mask_block(parts, block, shape.blocks[index], keep)
+            if shape.mixer:
+                if index not in kept:
+                    _silence(parts, block)
+            else:
+                _mask_block(parts, block, shape.blocks[index], keep)
     return model
+
+
+def _silence(parts: Adapter, block: nn.Module) -> None:
+    """Zero everything through which a block adds to the residual stream."""
+    for path in parts.family.outgoing:
+        for parameter in block.get_submodule(path).parameters():
+            parameter.zero_()
 
 
 def _mask_block(parts: Adapter, block: nn.Module, size: BlockShape, keep: BlockKeep) -> None:

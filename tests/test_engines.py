@@ -62,6 +62,16 @@ def test_each_engine_takes_what_it_can_and_says_why(name: str):
     assert not any("\n" in fit.why for fit in found)
 
 
+@pytest.mark.parametrize("family", ["mamba", "gemma2"])
+def test_families_without_gguf_form(family: str):
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, "state_size": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 9}
+    config = {"model_type": family, **sizes, **(heads if family == "gemma2" else {})}
+    found = engines.fits(configs.shape_of(config), config)
+    assert {fit.engine for fit in found if fit.can} == {"transformers", "vLLM"}
+    assert f"this is a {family} model" in found[2].why
+
+
 @settings(max_examples=60)
 @given(shapes())
 def test_transformers_takes_a_shape_exactly_where_a_stock_config_exists(shape: ModelShape):

@@ -106,8 +106,8 @@ def test_broken_folders_say_what_is_wrong(checkpoint: Path) -> None:
     file.write_text("[]")
     with pytest.raises(InputError, match=r"config\.json: \$: Expected `object`"):
         sources.locate(str(checkpoint))
-    file.write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
-    with pytest.raises(UnsupportedError, match=r"config\.json: .*'mamba'"):
+    file.write_text(json.dumps(CONFIG | {"model_type": "xlstm"}))
+    with pytest.raises(UnsupportedError, match=r"config\.json: .*'xlstm'"):
         sources.locate(str(checkpoint))
     file.write_text(json.dumps({key: CONFIG[key] for key in CONFIG if key != "hidden_size"}))
     with pytest.raises(InputError, match=r"config\.json: .*'hidden_size'"):

@@ -46,10 +46,7 @@ def expressible(shape: ModelShape) -> tuple[tuple[int, ...], ModelShape]:
 def refuse(shape: ModelShape, config: configs.Config) -> None:
     """Raise UnsupportedError for a model that llama.cpp's `llama` and `deci` do not compute exactly."""
     if shape.family not in FAMILIES:
-        raise UnsupportedError(
-            f"a GGUF file is written for {', '.join(FAMILIES)}; llama.cpp has no architecture that takes a pruned "
-            f"{shape.family} model"
-        )
+        raise UnsupportedError(f"a GGUF file is written for {', '.join(FAMILIES)} only, this is a {shape.family} model")
     if configs.has_window(config):
         raise UnsupportedError(
             "a GGUF file cannot hold this model's sliding window; set sliding_window to null if unused"

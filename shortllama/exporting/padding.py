@@ -85,7 +85,7 @@ def placements(shape: ModelShape, after: ModelShape) -> dict[str, Placed]:
     return found
 
 
-def _axes(shape: ModelShape, block: BlockShape, after: BlockShape) -> dict[str, tuple[int, ...] | None]:
+def _axes(shape: ModelShape, block: BlockShape, after: BlockShape) -> layout.Axes:
     """Return where a block's queries, keys and neurons lie along those axes of the padded block.
 
     A padded group has its own queries first, so that every query head still reads its own KV head.
@@ -93,8 +93,5 @@ def _axes(shape: ModelShape, block: BlockShape, after: BlockShape) -> dict[str, 
     size, groups = shape.head_dim, range(block.kv_heads)
     per_group = size * (block.query_heads // block.kv_heads) if block.kv_heads else 0
     after_group = size * (after.query_heads // after.kv_heads) if after.kv_heads else 0
-    return {
-        "queries": tuple(group * after_group + offset for group in groups for offset in range(per_group)),
-        "keys": tuple(range(block.kv_heads * size)),
-        "neurons": tuple(range(block.neurons)),
-    }
+    queries = tuple(group * after_group + offset for group in groups for offset in range(per_group))
+    return layout.block_axes(shape, after, queries, tuple(range(block.kv_heads * size)), tuple(range(block.neurons)))

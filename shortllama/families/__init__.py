@@ -9,13 +9,33 @@ from __future__ import annotations
 from typing import Any
 
 from shortllama.errors import UnsupportedError
-from shortllama.families import llama, mistral, qwen2, qwen3
+from shortllama.families import gemma, gpt_neox, llama, mamba, mistral, phi3, qwen2, qwen3
 from shortllama.families.family import Adapter, Family
 
 __all__ = ["FAMILIES", "Adapter", "Family", "adapter", "lookup"]
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    family.model_type: family
+    for family in (
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        phi3.FAMILY,
+        gpt_neox.FAMILY,
+        mamba.MAMBA,
+        mamba.FALCON_MAMBA,
+        mamba.MAMBA2,
+    )
+}
+
+# Model types that are met often and are not supported, with the reason and, where there is one, the way out.
+_REFUSED = {
+    "gemma3": "it holds images too; save its language model alone, as gemma3_text",
+    "gemma3n": "its blocks share KV caches, so that removing one breaks others",
+    "rwkv": "its cached decoding disagrees with the uncached one in transformers, dense as well",
 }
 
 
@@ -23,7 +43,8 @@ def lookup(model_type: object) -> Family:
     """Return the family of a transformers model type. Raises UnsupportedError naming the supported ones."""
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise UnsupportedError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        why = f" ({_REFUSED[str(model_type)]})" if str(model_type) in _REFUSED else ""
+        raise UnsupportedError(f"model type {model_type!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
     return family
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,33 +26,66 @@ PROJECTIONS = {
 ATTENTION_PROJECTIONS = ("q", "k", "v", "o")
 MLP_PROJECTIONS = ("gate", "up", "down")
 
+# The same where q, k, v are one matrix, and gate and up another: rows one after the other in this order.
+FUSED_PROJECTIONS = {
+    "qkv": "self_attn.qkv_proj",
+    "o": "self_attn.o_proj",
+    "gate_up": "mlp.gate_up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+class Mixer(msgspec.Struct, frozen=True):
+    """What a config says of a block that can only be removed whole: its tensors, and the sizes it is counted with."""
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    block: BlockShape
+    head_dim: int = 1
+
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
     """One transformers model type: facts that its config.json does not state, and the names of its modules.
 
     `biases`: projections that always have a bias; `bias_switches`: config fields that add biases to projections.
     `defaults`: config fields whose absence means this value. `any_heads`: the stock class accepts head counts that do
-    not divide the hidden size. `norms`: the norm in front of each module, removed with it. `head_norms`: norms of size
-    head_dim inside the attention. Paths of `projections`, `attention`, `mlp`, `norms` start at a block, all others
-    at the model.
+    not divide the hidden size. `one_head_count`: its attention reads the number of heads from the config. `sdpa`: it
+    has that attention; without it, its eager one runs. `pattern`: every so many-th block has full attention, the
+    others a window. `attention_norms`, `mlp_norms`: the norm in front of the module and any behind it, removed with
+    it. `head_norms`: norms of size head_dim inside the attention. `norm_weight`: that of a norm that only normalizes.
+
+    `mixer` (config field by name -> Mixer) and its inverse `mixer_fields` (shape -> config fields) are for families
+    whose blocks can only be removed whole; `outgoing` are the modules through which such a block adds to the stream.
+    `renamed`: names in files of today's tensors; `ignored`: ends of names in files that are no weights.
+
+    Paths of `projections`, `attention`, `mlp`, norms and `outgoing` start at a block, all others at the model.
     """
 
     model_type: str
     biases: tuple[str, ...] = ()
     bias_switches: Mapping[str, tuple[str, ...]] = {}
-    defaults: Mapping[str, int] = {}
+    defaults: Mapping[str, Any] = {}
     any_heads: bool = True
     sliding_window: bool = False
+    one_head_count: bool = False
+    sdpa: bool = True
+    pattern: int | None = None
     norms_per_module: int = 1
+    norm_weight: float = 1.0
+    final_norms: int = 1
+    mixer: Callable[[Callable[[str], Any]], Mixer] | None = None
+    mixer_fields: Callable[[ModelShape], dict[str, Any]] | None = None
+    outgoing: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = {}
+    ignored: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     blocks: str = "model.layers"
     attention: str = "self_attn"
-    mlp: str = "mlp"
+    mlp: str | None = "mlp"
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     projections: Mapping[str, str] = msgspec.field(default_factory=lambda: PROJECTIONS)
     embedding: str = "model.embed_tokens"
-    rotary: str = "model.rotary_emb"
+    rotary: str | None = "model.rotary_emb"
     final_norm: str = "model.norm"
     head: str = "lm_head"
 
@@ -73,9 +108,9 @@ class Adapter:
         return self.model.get_submodule(self.family.embedding)
 
     @property
-    def rotary(self) -> nn.Module:
-        """The module that turns positions into rotary cosines and sines; it holds non-persistent buffers."""
-        return self.model.get_submodule(self.family.rotary)
+    def rotary(self) -> nn.Module | None:
+        """The module that turns positions into rotary cosines and sines, if any; it holds non-persistent buffers."""
+        return self.model.get_submodule(self.family.rotary) if self.family.rotary else None
 
     @property
     def final_norm(self) -> nn.Module:
@@ -99,7 +134,7 @@ class Adapter:
 
     def mlp(self, block: nn.Module) -> nn.Module | None:
         """Return a block's FFN, or None where it was removed."""
-        return getattr(block, self.family.mlp)
+        return getattr(block, self.family.mlp) if self.family.mlp else None
 
     def norms(self, block: nn.Module) -> dict[str, nn.Module]:
         """Return the norms in front of a block's modules, by name, without removed ones."""
@@ -107,7 +142,10 @@ class Adapter:
         return {name: norm for name in names if (norm := getattr(block, name)) is not None}
 
     def projections(self, block: nn.Module) -> dict[str, nn.Linear]:
-        """Return a block's Linears under q, k, v, o, gate, up, down, without those of removed modules."""
+        """Return a block's Linears under q, k, v, o, gate, up, down, without those of removed modules.
+
+        Fused ones are under qkv and gate_up; an FFN without a gate has up and down only.
+        """
         found: dict[str, nn.Linear] = {}
         for name, path in self.family.projections.items():
             parent, _, leaf = path.rpartition(".")

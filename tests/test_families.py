@@ -1,0 +1,333 @@
+"""Every family with a tiny random model: built, scored, planned, pruned, saved, loaded, generated, as stock does it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import plan_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shortllama import api, calibration, checkpoint, configs, families, layout, scoring, sources, surgery, verification
+from shortllama.errors import InputError, PlanError, ShortllamaError, UnsupportedError
+from shortllama.plan import BlockKeep, Plan, shape_after
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 48}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's tiny config, and whether its widths can be pruned."""
+
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    widths: bool = True
+
+    def config(self) -> dict[str, Any]:
+        return {"model_type": self.model_type, **SIZES, **self.fields}
+
+
+NEOX = {"num_attention_heads": 8, "intermediate_size": 96}
+CASES = {
+    "llama": Case("llama", HEADS),
+    "llama tied": Case("llama", {**HEADS, "tie_word_embeddings": True}),
+    "mistral": Case("mistral", {**HEADS, "sliding_window": 8}),
+    "qwen2": Case("qwen2", {**HEADS, "layer_types": MIXED, "sliding_window": 8, "use_sliding_window": True}),
+    "qwen3": Case("qwen3", HEADS),
+    "gemma2": Case("gemma2", {**HEADS, "sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "gemma3": Case("gemma3_text", {**HEADS, "layer_types": MIXED, "sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "phi3": Case("phi3", HEADS),
+    "gpt_neox": Case("gpt_neox", NEOX, widths=False),
+    "gpt_neox sequential": Case(
+        "gpt_neox", {**NEOX, "use_parallel_residual": False, "attention_bias": False}, widths=False
+    ),
+    "mamba": Case("mamba", {"state_size": 4}, widths=False),
+    "mamba biases": Case(
+        "mamba", {"state_size": 4, "use_bias": True, "use_conv_bias": False, "time_step_rank": 3}, widths=False
+    ),
+    "falcon_mamba": Case("falcon_mamba", {"state_size": 4}, widths=False),
+    "mamba2": Case(
+        "mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8}, widths=False
+    ),
+}
+CRITERIA = ("ppl", "bi", "random", "last")
+IDS = np.random.default_rng(0).integers(3, 97, size=(3, 12))
+
+
+def stock_model(case: Case) -> Any:
+    """The stock model with weights large enough that tokens differ."""
+    fields = case.config()
+    made = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(made).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "A_log" not in name:
+            parameter.data.normal_(0, 0.3 if ".layers." in name else 0.15)
+        elif "norm" in name:
+            parameter.data += torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def folder(case: Case, tmp_path: Path) -> Path:
+    stock_model(case).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def logits(model: Any, ids: Any = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.as_tensor(ids)).logits
+
+
+def tokens(model: Any) -> list[int]:
+    """Greedy tokens through the stock generate, with its cache."""
+    ids = torch.as_tensor(IDS[:1])
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    return made[0, ids.shape[1] :].tolist()
+
+
+def uncached_tokens(model: Any) -> list[int]:
+    ids = torch.as_tensor(IDS[:1])
+    for _ in range(8):
+        with torch.inference_mode():
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, IDS.shape[1] :].tolist()
+
+
+def calibrated() -> calibration.Calibration:
+    return calibration.Calibration(tuple(IDS), {"source": "test", "digest": "0"})
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_shape_has_every_parameter_of_the_stock_model_by_name(case: Case):
+    with torch.device("meta"):
+        fields = case.config()
+        stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    shape = configs.shape_of(case.config())
+    assert layout.tensors(shape) == {name: tuple(one.shape) for name, one in stock.named_parameters()}
+    assert shape.parameters == sum(one.numel() for one in stock.parameters())
+    assert surgery.shape_of(stock) == shape
+    assert configs.shape_of(json.loads(stock.config.to_json_string())) == shape
+
+
+def test_random_weights_of_a_shape_are_a_model_of_that_shape(case: Case):
+    shape = configs.shape_of(case.config())
+    model = surgery.build(shape, std=0.15)
+    assert surgery.shape_of(model) == shape
+    assert torch.isfinite(logits(model)).all()
+    assert surgery.shape_of(surgery.build(shape, device="meta")) == shape
+
+
+def test_matrices_decide_the_flops(case: Case):
+    shape = configs.shape_of(case.config())
+    matrices = sum(
+        int(np.prod(sizes))
+        for name, sizes in layout.tensors(shape).items()
+        if len(sizes) > 1 and name.startswith(families.lookup(case.model_type).blocks)
+    )
+    heads = sum(block.query_heads for block in shape.blocks)
+    expected = 2 * (matrices + shape.vocabulary * shape.hidden) + 4 * shape.head_dim * heads
+    assert shape.decode_flops(1, 0) == expected
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_any_stack_has_the_parameters_of_the_stock_model_and_can_be_built(data: st.DataObject):
+    """The closed form of blocks that go whole only, and its inverse, against the stock classes."""
+    family = data.draw(st.sampled_from(["gpt_neox", "mamba", "falcon_mamba", "mamba2"]))
+    number, flag = st.integers(1, 5), st.booleans()
+    fields = {
+        "vocab_size": 11,
+        "hidden_size": 4 * data.draw(number),
+        "num_hidden_layers": data.draw(number),
+        "pad_token_id": 0,
+    }
+    fields |= {"tie_word_embeddings": data.draw(flag)}
+    if family == "gpt_neox":
+        fields |= {"num_attention_heads": 2, "intermediate_size": data.draw(number), "attention_bias": data.draw(flag)}
+    else:
+        fields |= {"state_size": data.draw(number), "conv_kernel": data.draw(number), "expand": 2}
+        fields |= {"use_bias": data.draw(flag), "use_conv_bias": data.draw(flag)}
+    if family == "mamba2":
+        fields |= {
+            "num_heads": 4,
+            "head_dim": fields["hidden_size"] // 2,
+            "n_groups": data.draw(st.sampled_from([1, 2, 4])),
+        }
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    shape = configs.shape_of({"model_type": family, **fields})
+    assert layout.tensors(shape) == {name: tuple(one.shape) for name, one in stock.named_parameters()}
+    assert shape.parameters == sum(one.numel() for one in stock.parameters())
+    assert configs.shape_of(configs.config_of(shape)) == shape
+    assert surgery.shape_of(surgery.build(shape, device="meta")) == shape
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_our_loader_computes_what_stock_transformers_does(case: Case, folder: Path):
+    ours, _ = checkpoint.load(folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(ours) is type(stock)
+    assert torch.equal(logits(ours), logits(stock))
+    assert tokens(ours) == tokens(stock) == uncached_tokens(stock)
+    assert len(set(tokens(ours))) > 1
+
+
+# -- the whole way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_blocks_are_scored_planned_pruned_written_and_loaded(case: Case, folder: Path, tmp_path: Path, criterion: str):
+    dense, _ = checkpoint.load(folder)
+    scores = scoring.score(dense, criterion, calibrated())
+    assert scores.blocks is not None
+    assert len(scores.blocks) == 4
+    plan = api.plan(dense, method=criterion, blocks=1, scores=scores)
+    gone = int(np.argmin(scores.blocks))
+    assert [keep.index for keep in plan.keep] == [index for index in range(4) if index != gone]
+    pruned = surgery.apply(plan, dense)
+    checkpoint.write(folder, plan, tmp_path / "pruned")
+    again, _ = checkpoint.load(tmp_path / "pruned")
+    assert torch.equal(logits(again), logits(pruned))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert (logits(stock) - logits(pruned)).abs().max() < 1e-5
+    assert tokens(stock) == tokens(again) == uncached_tokens(again)
+    if criterion == "ppl":  # what the score says is what the pruned model does
+        losses = torch.nn.functional.cross_entropy(
+            logits(pruned)[:, :-1].flatten(0, 1), torch.as_tensor(IDS)[:, 1:].flatten()
+        )
+        assert scores.blocks[gone] == pytest.approx(float(losses.exp()), rel=1e-4)
+
+
+def test_the_masked_dense_model_is_the_pruned_one(case: Case, folder: Path, tmp_path: Path):
+    dense, _ = checkpoint.load(folder)
+    keeps = [(BlockKeep(0), BlockKeep(2), BlockKeep(3))]
+    if case.widths:
+        keeps.append(tuple(BlockKeep(i, "0,2-3", "0-20,30-40") for i in range(4)))
+        keeps.append((BlockKeep(0, None, "3-9"), BlockKeep(1, None, ""), BlockKeep(3)))
+    for keep in keeps:
+        plan = plan_of(surgery.shape_of(dense), keep)
+        pruned = surgery.apply(plan, dense)
+        masked = verification.mask(checkpoint.load(folder)[0], plan)
+        difference = (logits(pruned) - logits(masked)).abs().max() / logits(masked).abs().max()
+        assert difference < 1e-5, keep
+        checkpoint.write(folder, plan, tmp_path / f"pruned {keeps.index(keep)}")
+        again, _ = checkpoint.load(tmp_path / f"pruned {keeps.index(keep)}")
+        assert torch.equal(logits(again), logits(pruned))
+        assert surgery.shape_of(again) == shape_after(surgery.shape_of(dense), keep)
+        assert tokens(again) == uncached_tokens(again)
+
+
+@pytest.mark.parametrize("name", ["mamba", "gpt_neox", "gemma3"])
+def test_verification_knows_the_families(name: str, tmp_path: Path):
+    stock_model(CASES[name]).save_pretrained(tmp_path / "dense")
+    plan = plan_of(sources.from_folder("m", tmp_path / "dense").shape, (BlockKeep(0), BlockKeep(3)))
+    checkpoint.write(tmp_path / "dense", plan, tmp_path / "pruned")
+    report = verification.verify(tmp_path / "pruned", tmp_path / "dense")
+    assert report.ok, report.failures
+    assert report.loaded_as == type(stock_model(CASES[name])).__name__
+    assert {fit.engine: fit.can for fit in report.engines}["transformers"]
+
+
+# -- what is not understood -------------------------------------------------------------------------------------------
+
+
+def test_blocks_that_go_whole_only_are_never_cut(case: Case, folder: Path):
+    if case.widths:
+        pytest.skip("its widths can be pruned")
+    dense, _ = checkpoint.load(folder)
+    shape = surgery.shape_of(dense)
+    for keep in (BlockKeep(0, ""), BlockKeep(0, None, "")):
+        with pytest.raises(PlanError, match="only be removed whole"):
+            shape_after(shape, (keep,))
+    for method in ("wanda-sp", "mag-sp"):
+        with pytest.raises(ShortllamaError) as caught:
+            api.plan(dense, method=method, ratio=0.2, calibration=calibrated())
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "gemma3n"}, "share KV caches"),
+        ({"model_type": "gemma3"}, "gemma3_text"),
+        ({"model_type": "rwkv"}, "cached decoding disagrees"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "num_local_experts is 8; mixtures of experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "num_experts is 128"),
+        ({"model_type": "llama", **SIZES, **HEADS, "num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
+        ({"model_type": "bert"}, "'bert' is not supported; supported: llama, mistral"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_the_reason(config: dict[str, Any], says: str):
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        configs.shape_of(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_phi3_has_one_number_of_heads(tmp_path: Path):
+    stock_model(CASES["phi3"]).save_pretrained(tmp_path / "dense")
+    shape = sources.from_folder("m", tmp_path / "dense").shape
+    plan: Plan = plan_of(shape, (BlockKeep(0), BlockKeep(1, "0-1")))
+    with pytest.raises(
+        UnsupportedError, match="one number of heads for all blocks from its config, this plan leaves 4, 8"
+    ):
+        checkpoint.write(tmp_path / "dense", plan, tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="one number of heads"):
+        surgery.apply(plan, checkpoint.load(tmp_path / "dense")[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_files_of_gpt_neox_are_read(tmp_path: Path):
+    """Their head is embed_out, and they hold causal masks."""
+    from safetensors.torch import load_file, save_file
+
+    model = stock_model(CASES["gpt_neox"])
+    model.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors.pop("embed_out.weight" if "embed_out.weight" in tensors else "lm_head.weight")
+    extra = {
+        "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 4, 4),
+        "gpt_neox.layers.0.attention.masked_bias": torch.ones(1),
+    }
+    save_file({**tensors, **extra, "embed_out.weight": head}, file, metadata={"format": "pt"})
+    assert torch.equal(logits(checkpoint.load(tmp_path / "dense")[0]), logits(model))
+
+
+def test_a_model_without_the_right_fields_is_named(case: Case):
+    config = case.config()
+    del config["num_hidden_layers"]
+    with pytest.raises(InputError, match=f"{case.model_type} model lacks 'num_hidden_layers'"):
+        configs.shape_of(config)
+
+
+def test_digests_of_shapes_from_before_the_mixers_stay(tiny_shape: Any):
+    assert msgspec.structs.replace(tiny_shape, mixer=()).digest() == tiny_shape.digest() == "95b597d883ac167d"
