@@ -17,8 +17,10 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from bench import outcomes
+from shortllama.errors import InputError
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -67,8 +69,7 @@ class Child:
     """A running `entry(job, send)` in a process of its own; a context manager that leaves no process behind."""
 
     def __init__(self, entry: Entry, job: bytes, variables: Mapping[str, str]) -> None:
-        self._log = tempfile.NamedTemporaryFile(prefix="shortllama-", suffix=".log", delete=False)
-        self._log.close()
+        self._log = _new_log()
         self._pipe, theirs = _CONTEXT.Pipe(duplex=False)
         self._process = _CONTEXT.Process(
             target=enter, args=(entry, job, theirs, dict(variables), self._log.name), daemon=True
@@ -117,14 +118,22 @@ class Child:
         self._forget()
 
     def _forget(self) -> None:
+        self._log.close()
         Path(self._log.name).unlink(missing_ok=True)
 
     def _words(self) -> str:
-        """The last lines that the child wrote to stderr, on one line."""
-        try:
-            return outcomes.one_line(Path(self._log.name).read_text(errors="replace")[-500:])
-        except OSError:
-            return ""
+        """The end of what the child wrote to stderr, on one line."""
+        self._log.seek(0)
+        return outcomes.one_line(self._log.read().decode(errors="replace")[-500:])
+
+
+def _new_log() -> Any:
+    """A file for what a child writes; the child removes its name, so that nothing is left if both are killed."""
+    try:
+        return tempfile.NamedTemporaryFile(prefix="shortllama-", suffix=".log", delete=False)
+    except OSError as error:
+        where = tempfile.gettempdir()
+        raise InputError(f"{where}: no temporary file can be written ({error.strerror}); free some space") from error
 
 
 def _end(pid: int) -> None:
@@ -147,6 +156,7 @@ def enter(entry: Entry, job: bytes, pipe: Connection, variables: dict[str, str],
     _follow_parent()
     os.environ.update(variables)
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.unlink(log)
     os.dup2(out, 1)
     os.dup2(out, 2)
     faulthandler.enable(all_threads=False)

@@ -20,7 +20,7 @@ import msgspec
 from bench import budget, devices
 from bench.devices import Device
 from bench.measurement import Environment, environment
-from shortllama.errors import InputError, UnsupportedError
+from shortllama.errors import InputError
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 # A thread that spins while it waits starves its neighbour on a busy machine: one step took 58 times as long.
@@ -41,26 +41,20 @@ _PACKAGES = ("torch", "transformers", "safetensors")
 class Machine(msgspec.Struct, frozen=True):
     """Where a sweep runs. `place`: torch's name of the device, or the table's short name of a simulated one.
 
-    `device`: the row of the device table that predictions use; None where the table has no such device.
+    `device`: the row of the device table that predictions use; of a device that the table lacks, a nominal one of its
+    memory, without rates: memory is predicted for it, times are not.
     """
 
     kind: Literal["cpu", "cuda", "simulated"]
     place: str
     name: str
-    device: Device | None
+    device: Device
     index: int = 0
 
     @property
     def slug(self) -> str:
         """A short name for folders."""
-        return slug(self.device.short if self.kind == "simulated" and self.device else self.name)
-
-    @property
-    def planning(self) -> Device:
-        """The row that predictions use. Raises UnsupportedError for a device without one."""
-        if self.device is None:
-            raise UnsupportedError(f"{self.name}: not in the device table, so nothing can be predicted for it")
-        return self.device
+        return slug(self.device.short if self.kind == "simulated" else self.name)
 
 
 def slug(name: str) -> str:
@@ -94,9 +88,8 @@ def _cuda(index: int, found: list[dict[str, Any]]) -> Machine:
     if not _torch_has_cuda():
         raise InputError(f"device cuda:{index}: torch {_version('torch')} is built without CUDA; install a CUDA build")
     name, memory = found[index]["name"], found[index]["memory_bytes"]
-    device = devices.match(name)
-    if device is not None:  # what the driver gives is what there is
-        device = msgspec.structs.replace(device, memory_bytes=memory)
+    known = devices.match(name) or Device(slug(name), name, memory, 0.0, {}, nominal=True)
+    device = msgspec.structs.replace(known, memory_bytes=memory)  # what the driver gives is what there is
     return Machine("cuda", f"cuda:{index}", name, device, index)
 
 

@@ -14,16 +14,16 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from statistics import median
 
 import msgspec
 
-from bench import budget, children, environment, outcomes, physics, runtimes, schedule, store, worker
+from bench import budget, children, environment, outcomes, rows, runtimes, schedule, store, worker
 from bench.cells import Cell, Suite, budget_bytes
 from bench.children import Child
 from bench.environment import Machine
-from bench.measurement import Bounds, Environment, Frontier, Measurement, Memory, SessionId
+from bench.measurement import Environment, Measurement
 from bench.outcomes import Verdict
+from bench.rows import Heard
 from bench.runtimes.protocol import Options
 from bench.schedule import Group, Planned, Schedule
 from shortllama import files
@@ -55,22 +55,12 @@ class Watcher:
         """A cell has its row."""
 
 
-class Heard(msgspec.Struct, frozen=True):
-    """What became of one cell in one pass: a result, or a verdict on why there is none."""
-
-    planned: Planned
-    session: str
-    result: worker.Finished | None = None
-    verdict: Verdict | None = None
-    wall_s: float | None = None
-
-
 def timeout_s(cell_seconds: float) -> float:
     """Return the default time-out of a cell, seconds."""
     return max(SHORTEST_TIMEOUT_S, TIMEOUT_FACTOR * cell_seconds)
 
 
-def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher | None = None) -> Counter[str]:
+def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher) -> Counter[str]:
     """Run what is missing of `plan` into `folder`; return how often each outcome stands in the finished run.
 
     Raises InputError where the disk refuses a row, IncomparableError where the rows already there come from a machine
@@ -79,20 +69,20 @@ def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher | Non
     file = store.file_of(folder)
     known = store.read(file) if _has_rows(file) else None
     wanted = {one.cell_id for one in plan.planned()}
-    rows = {row.cell_id: row for row in known.measurements} if known else {}
+    done = {row.cell_id: row for row in known.measurements} if known else {}
     environments = _environments(plan, settings)
     _check_environments(known, environments.values())
     frontiers = {row.cell for row in known.frontiers} if known else set[Cell]()
     _serve(plan, settings)
     with store.Writer(file) as writer:
-        sweep = _Sweep(settings, writer, environments, rows, watcher or Watcher())
-        for cell_id in wanted & rows.keys():
-            sweep.watcher.finished(rows[cell_id])
+        sweep = _Sweep(settings, writer, environments, done, watcher)
+        for cell_id in wanted & done.keys():
+            watcher.finished(done[cell_id])
         for group in plan.groups:
             sweep.group(group)
             if group.key not in frontiers:
-                writer.write(_frontier(group, sweep.rows, sweep.environment(group)))
-    return Counter(row.outcome for cell_id, row in rows.items() if cell_id in wanted)
+                writer.write(rows.frontier(group, sweep.rows, sweep.environment(group)))
+    return Counter(row.outcome for cell_id, row in done.items() if cell_id in wanted)
 
 
 def _has_rows(file: Path) -> bool:
@@ -111,7 +101,7 @@ def _environments(plan: Schedule, settings: Settings) -> dict[bool, Environment]
     for simulated in {group.key.runtime in runtimes.SIMULATED for group in plan.groups}:
         if simulated:
             script = msgspec.json.decode(settings.script or "{}", type=roofline.Script)
-            found[True] = environment.simulated(settings.machine.planning, script)
+            found[True] = environment.simulated(settings.machine.device, script)
         else:
             found[False] = environment.measured(settings.machine, settings.threads)
     return found
@@ -142,15 +132,15 @@ class _Sweep:
         settings: Settings,
         writer: store.Writer,
         environments: dict[bool, Environment],
-        rows: dict[str, Measurement],
+        done: dict[str, Measurement],
         watcher: Watcher,
     ) -> None:
-        self.rows = rows
+        self.rows = done
         self._settings = settings
         self._writer = writer
         self._environments = environments
-        self.watcher = watcher
-        self._witnesses = schedule.Witnesses(rows.values())
+        self._watcher = watcher
+        self._witnesses = schedule.Witnesses(done.values())
         for one in environments.values():
             writer.write(one)
 
@@ -185,7 +175,7 @@ class _Sweep:
             witness = self._witnesses.of(planned.cell)
             if witness is not None:
                 reason = f"needs no less memory than {witness.label}, which ran out of it"
-                row = self._row(group, planned, Verdict("oom-implied", reason))
+                row = rows.without_result(group, planned, Verdict("oom-implied", reason), self._context(group))
                 self._write(msgspec.structs.replace(row, witness=witness.id))
 
     def _pass(self, group: Group, cells: list[Planned], *, memory: bool) -> Generator[Heard]:
@@ -208,43 +198,43 @@ class _Sweep:
         session = secrets.token_hex(4)
         variables = environment.child_variables(self._settings.threads)
         index, start = -1, time.perf_counter()
-        self.watcher.began(cells[0].cell)
+        self._watcher.began(cells[0].cell)
         with Child(worker.run, msgspec.json.encode(job), variables) as child:
             while index < len(cells):
                 try:
                     message = worker.DECODER.decode(child.receive(self._settings.timeout_s))
                 except children.Silence:
-                    message = self._gave_up(index, group)
+                    message = self._gave_up(index)
                 except children.Ended as end:
                     message = outcomes.classify(end.words, end.exit_code, end.signal, limit_bytes=job.limit_bytes)
                 if isinstance(message, worker.Loaded):
                     continue
                 if isinstance(message, worker.Began):
                     index, start = message.index, time.perf_counter()
-                    self.watcher.began(cells[index].cell)
+                    self._watcher.began(cells[index].cell)
                 elif isinstance(message, worker.Finished):
                     yield Heard(cells[index], session, result=message, wall_s=message.wall_s)
                     if index + 1 == len(cells):
                         return
                 else:
-                    verdict = _verdict(message, job.limit_bytes)
+                    verdict = _verdict(message, job)
                     yield Heard(cells[max(index, 0)], session, verdict=verdict, wall_s=time.perf_counter() - start)
                     if index < 0 and verdict.outcome == "failed":
                         yield from _skipped(cells[1:], f"the subject could not be loaded: {verdict.reason}")
                     return
 
-    def _gave_up(self, index: int, group: Group) -> Verdict:
+    def _gave_up(self, index: int) -> Verdict:
         what = "loading the subject" if index < 0 else "the cell"
         return Verdict("timed-out", f"{what} took longer than {self._settings.timeout_s:g} s; raise --timeout")
 
     def _job(self, group: Group, cells: list[Planned], *, memory: bool) -> worker.Job:
         suite, machine, key = self._settings.suite, self._settings.machine, group.key
-        wanted = budget_bytes(key.budget)
+        wanted, free = budget_bytes(key.budget), budget.available_bytes()
         simulated = key.runtime in runtimes.SIMULATED
         options = Options(
             dtype=key.dtype,
             attention=key.attention,
-            device=machine.planning.short if simulated else machine.place,
+            device=machine.device.short if simulated else machine.place,
             seed=suite.seed,
             threads=self._settings.threads,
             budget_bytes=wanted,
@@ -256,105 +246,39 @@ class _Sweep:
             cells=tuple(one.cell for one in cells),
             timing=None if memory else suite.timing,
             cell_seconds=suite.cell_seconds,
-            limit_bytes=(wanted or budget.available_bytes()) if memory else None,
+            limit_bytes=min(wanted or free, free) if memory else None,
             script=self._settings.script if simulated else None,
         )
 
-    # -- rows ----------------------------------------------------------------------------------------------------------
-
     def _finish(self, group: Group, heard: Heard, probed: Heard | None = None) -> None:
         """Write the row of a cell from what its passes gave."""
-        planned, result = heard.planned, heard.result
-        row = self._row(group, planned, heard.verdict or Verdict("ok", ""))
-        spent = (heard.wall_s or 0.0) + (probed.wall_s or 0.0 if probed else 0.0)
-        row = msgspec.structs.replace(row, session=SessionId(heard.session), wall_s=round(spent, 3))
-        held = probed.result if probed and probed.result else result
-        if held is not None:
-            row = msgspec.structs.replace(row, memory=_memory(planned, held.memory))
-        if result is not None:
-            row = msgspec.structs.replace(
-                row,
-                samples=result.samples,
-                warm_up=result.warm_up,
-                stop=result.stop,
-                tokens=result.tokens,
-                bounds=self._bounds(group, planned.cell, median(result.samples.call_s)),
-            )
-        self._write(row)
+        self._write(rows.of(group, heard, probed, self._context(group)))
 
-    def _row(self, group: Group, planned: Planned, verdict: Verdict) -> Measurement:
-        return Measurement(
-            cell=planned.cell,
-            cell_id=planned.cell_id,
-            environment=self.environment(group),
-            outcome=verdict.outcome,
-            simulated=planned.cell.runtime in runtimes.SIMULATED,
-            session=SessionId(""),
-            timing=self._settings.suite.timing,
-            memory=_memory(planned, Memory()),
-            reason=verdict.reason or None,
-            emulated=_emulated(planned.cell, self._settings.machine),
-            subject_digest=group.subject.shape.digest(),
-            parameters=group.subject.shape.parameters,
-        )
-
-    def _bounds(self, group: Group, cell: Cell, median_s: float) -> Bounds:
-        return physics.bounds(group.subject.shape, cell, self._settings.machine.device, median_s)
+    def _context(self, group: Group) -> rows.Context:
+        return rows.Context(self._settings.machine, self._settings.suite.timing, self.environment(group))
 
     def _write(self, row: Measurement) -> None:
         self._writer.write(row)
         self.rows[row.cell_id] = row
         if row.outcome == "oom":
             self._witnesses.add(row.cell)
-        self.watcher.finished(row)
+        self._watcher.finished(row)
 
 
-def _verdict(message: worker.Broke | Verdict, limit_bytes: int | None) -> Verdict:
+def _verdict(message: worker.Broke | Verdict, job: worker.Job) -> Verdict:
     """What a message that ends a child means for the cell it was at."""
-    if isinstance(message, Verdict):
-        return message
-    if message.oom:
-        return Verdict("oom", message.text)
-    return outcomes.classify(message.text, None, None, limit_bytes=limit_bytes)
+    found = message
+    if isinstance(message, worker.Broke):
+        found = outcomes.classify(message.text, None, None, limit_bytes=job.limit_bytes)
+        found = Verdict("oom", message.text) if message.oom else found
+    assert isinstance(found, Verdict)
+    wanted, limit = job.options.budget_bytes, job.limit_bytes
+    if found.outcome == "oom" and wanted and limit and limit < wanted:
+        less = f"this machine had only {limit >> 20} MiB available for the budget of {wanted >> 20} MiB"
+        return Verdict("oom", outcomes.one_line(f"{less}: {found.reason}"))
+    return found
 
 
 def _skipped(cells: Iterable[Planned], reason: str) -> Iterator[Heard]:
     for one in cells:
         yield Heard(one, "", verdict=Verdict("skipped", outcomes.one_line(reason)))
-
-
-def _memory(planned: Planned, seen: Memory) -> Memory:
-    return msgspec.structs.replace(seen, analytic=planned.memory_bytes)
-
-
-def _emulated(cell: Cell, machine: Machine) -> str | None:
-    """How a memory budget was emulated, in words; None without a budget."""
-    if cell.budget == "none":
-        return None
-    if cell.runtime in runtimes.SIMULATED:
-        return f"{cell.budget} on a simulated {machine.planning.name}"
-    if machine.kind == "cpu":
-        return f"{cell.budget} emulated on {machine.name}: RLIMIT_DATA in the memory pass; timed without the limit"
-    return (
-        f"{cell.budget} emulated on {machine.name}: the allocator's share of memory; context and cuBLAS workspaces "
-        "are not counted, kernels and bandwidth are this device's"
-    )
-
-
-def _frontier(group: Group, rows: dict[str, Measurement], environment_id: str) -> Frontier:
-    """The largest batch of a finished group, as far as the grid tells."""
-    found = [rows[one.cell_id] for one in group.cells]
-    fits = tuple(row.cell.batch for row in found if row.outcome in ("ok", "unstable"))
-    fails = tuple(row.cell.batch for row in found if row.outcome == "oom")
-    implied = any(row.outcome == "oom-implied" for row in found)
-    ended = bool(fails) or implied
-    return Frontier(
-        cell=group.key,
-        environment=environment_id,
-        largest_batch=max(fits) if fits else (0 if ended else None),
-        simulated=group.key.runtime in runtimes.SIMULATED,
-        fits=fits,
-        fails=fails,
-        trials=len(fits) + len(fails),
-        reason="among the batches of the suite" if ended else "no batch of the suite ran out of memory: a lower bound",
-    )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from bench import environment, filters, quality, run_folder, runner, runtimes, schedule
+from bench import devices, environment, filters, quality, run_folder, runner, runtimes, schedule
 from bench.cells import Cell, Suite, check_suite, read_suite, suite_path
 from bench.environment import Machine
 from bench.measurement import Measurement
@@ -63,14 +63,11 @@ def sweep(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> int:
-    """Measure every cell of a suite until memory ends; out of memory is a result. Exit code 1 if a cell failed.
-
-    Example: shortllama sweep quick --out runs/mine
-    """
+    """Measure every cell of a suite until memory ends; out of memory is a result. Exit code 1 if a cell failed."""
     chosen, text = _suite(suite, runtime=runtime, budget=budget, timing=timing, seed=seed)
     machine = environment.machine(device)
     _check_device(chosen, machine, dry_run)
-    plan = schedule.plan(chosen, machine.planning, keep=filters.parse(cells) if cells else None)
+    plan = schedule.plan(chosen, machine.device, keep=filters.parse(cells) if cells else None)
     if dry_run:
         _show(plan, as_json)
         return 0
@@ -128,6 +125,9 @@ def _suite(name: str, **changes: Any) -> tuple[Suite, bytes]:
 
 
 def _check_device(suite: Suite, machine: Machine, dry_run: bool) -> None:
+    if machine.kind == "cuda" and machine.device.nominal and "roofline" in suite.runtimes:
+        known = ", ".join(devices.names())
+        raise InputError(f"runtime roofline cannot simulate {machine.name}; name a --device it knows: {known}")
     real = [name for name in suite.runtimes if name not in runtimes.SIMULATED]
     if machine.kind == "simulated" and real and not dry_run:
         raise InputError(

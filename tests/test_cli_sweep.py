@@ -236,25 +236,22 @@ def test_a_suite_reads_back_as_it_was_written(batch: tuple[int, ...] | BatchRang
 
 @pytest.fixture
 def start(tmp_path: Path):
-    """Return start(*arguments) -> a running command in a process of its own."""
+    """Return start(*arguments) -> a running command in a process of its own, with stderr in the file `told`."""
     started: list[psutil.Popen] = []
 
     def run(*arguments: object, **env: str) -> psutil.Popen:
-        process = psutil.Popen(
-            [sys.executable, "-m", "bench", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        )
+        command = [sys.executable, "-m", "bench", *map(str, arguments)]
+        with (tmp_path / "told").open("w") as told:
+            variables = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+            process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=told, env=variables)
         started.append(process)
         return process
 
     yield run
     for process in started:
-        if process.is_running():
-            process.kill()
-        process.communicate()
+        for one in alive([process]):
+            one.kill()
+        process.wait(10)
 
 
 def wait_for(what: Callable[[], object], seconds: float = 60) -> object:
@@ -295,7 +292,11 @@ def test_a_killed_sweep_leaves_no_process_and_resumes(start: Callable, run_comma
     assert family, "the fork server and a child were running"
     process.send_signal(signal.SIGKILL)
     process.wait(10)
-    wait_for(lambda: not alive(family), 10)
+    try:
+        wait_for(lambda: not alive(family), 10)
+    finally:
+        for one in alive(family):
+            one.kill()
 
     before = len(rows_of(run))
     with (run / store.FILE_NAME).open("ab") as file:
@@ -320,8 +321,8 @@ def test_ctrl_c_exits_130_and_leaves_a_valid_file(start: Callable, suite: Path) 
     for one in (process, *family):  # a terminal sends it to all of them
         if one.is_running():
             one.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.wait(20) == 130
+    told = (suite.parent / "told").read_text()
     assert "--resume" in told
     assert "Traceback" not in told
     wait_for(lambda: not alive(family), 10)

@@ -45,13 +45,13 @@ class Sweep:
     def __init__(self, folder: Path, suite: Suite = SUITE, device: str = "rtx3090", **more: Any) -> None:
         self.folder = folder
         self.machine = environment.machine(device)
-        self.plan = schedule.plan(suite, self.machine.planning, subjects=more.pop("subjects", None))
+        self.plan = schedule.plan(suite, self.machine.device, subjects=more.pop("subjects", None))
         timeout = more.pop("timeout_s", 60.0)
         script = msgspec.json.encode(Script(**more)).decode()
         self.settings = runner.Settings(suite, self.machine, 1, timeout, script)
 
     def run(self, watcher: runner.Watcher | None = None) -> Counter[str]:
-        return runner.run(self.plan, self.settings, self.folder, watcher)
+        return runner.run(self.plan, self.settings, self.folder, watcher or runner.Watcher())
 
     def rows(self) -> list[Measurement]:
         """The rows; there is exactly one for every planned cell, with the planned id."""
