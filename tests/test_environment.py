@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from bench import environment
+from bench import environment, schedule
+from bench.cells import BatchRange, Suite
 from shortllama.errors import InputError
 
 
@@ -78,3 +79,51 @@ def test_visible_devices_are_read_as_cuda_reads_them(
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert environment._visible(3) == expected
+
+
+# -- a machine with a GPU, played by a double -------------------------------------------------------------------------
+
+CARDS = {
+    "NVIDIA H100 80GB HBM3": 85_520_809_984,
+    "NVIDIA GeForce RTX 4080": 17_171_480_576,
+}
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch):
+    """Return install(name): from then on this machine has one such card, and a torch with CUDA."""
+
+    def install(name: str, torch: str = "2.13.0+cu130") -> None:
+        found = {"name": name, "memory_bytes": CARDS[name], "driver": "580.1", "power_limit_w": 700.0}
+        monkeypatch.setattr(environment, "_cuda_devices", lambda: [found])
+        monkeypatch.setattr(environment, "_version", lambda package: torch if package == "torch" else "1")
+
+    return install
+
+
+def test_a_cuda_device_is_taken_where_there_is_one(card) -> None:
+    card("NVIDIA H100 80GB HBM3")
+    found = environment.machine(None)
+    assert (found.kind, found.place, found.slug) == ("cuda", "cuda:0", "h100-80gb-hbm3")
+    assert (found.device.short, found.device.memory_bytes) == ("h100", CARDS[found.name])
+    assert environment.machine("cpu").kind == "cpu"
+    fingerprint = environment.measured(found, 4).fingerprint
+    assert (fingerprint["device"], fingerprint["driver"], fingerprint["power_limit_w"]) == (found.name, "580.1", 700.0)
+
+
+def test_a_cuda_device_outside_the_table_has_its_memory_and_no_peaks(card) -> None:
+    card("NVIDIA GeForce RTX 4080")
+    found = environment.machine("cuda:0")
+    assert found.device.memory_bytes == CARDS[found.name]
+    assert found.device.nominal
+    suite = Suite(schema="shortllama.suite/1", subjects=("llama-7b",), batch=BatchRange(), budgets=("none", "8GiB"))
+    planned = list(schedule.plan(suite, found.device).planned())
+    assert {one.expected for one in planned} >= {"ok", "oom"}
+    assert {one.call_s for one in planned if one.expected == "ok"} == {None}
+
+
+def test_a_torch_without_cuda_falls_back_and_says_so(card) -> None:
+    card("NVIDIA H100 80GB HBM3", torch="2.13.0+cpu")
+    assert environment.machine(None).kind == "cpu"
+    with pytest.raises(InputError, match="built without CUDA"):
+        environment.machine("cuda")

@@ -183,3 +183,67 @@ def test_a_subject_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:
     assert not broke.oom
     assert outcomes.classify(broke.text, None, None).outcome == "failed"
     assert "gone" in broke.text
+
+
+# -- CUDA, played by doubles ------------------------------------------------------------------------------------------
+
+
+class Ticking:
+    """Stands for CUDA: an event takes the next of 2, 4, 6... ms; synchronising is counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        clock = iter(range(2, 10_000, 2))
+        self.waits = 0
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.ms = next(clock)
+
+            def elapsed_time(self, later: Event) -> float:
+                return float(later.ms - self.ms)
+
+        def synchronize(device: str) -> None:
+            self.waits += 1
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+
+def test_event_marks_are_in_seconds_and_wait_at_both_ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.runtimes.marks import marks
+
+    device = Ticking(monkeypatch)
+    timer = marks(3, "cuda:0")
+    for _ in range(2):
+        timer.start()
+        before = device.waits
+        for _ in range(3):
+            timer.mark()
+        assert device.waits == before
+        call = timer.finish(6)
+        assert call.device_s == pytest.approx(0.006)
+        assert call.prefill_s == pytest.approx(0.002)
+        assert call.step_s == pytest.approx((0.002, 0.002))
+        assert (call.tokens, device.waits) == (6, before + 1)
+
+
+def test_the_first_call_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    work = job(cell(1), timing="paper", cell_seconds=1.0, script=script())
+    peaks = iter([900, 500])
+    resets: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1000)
+    session = worker._open_simulated(work)
+    session.prepare(1, 8, 8)
+    found = worker._measure_on_cuda(work, session)
+    assert (found.memory.first_call, found.memory.allocated, found.memory.reserved) == (900, 500, 1000)
+    assert (found.warm_up, len(found.samples.call_s), len(resets)) == (10, 20, 2)
