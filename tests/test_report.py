@@ -6,7 +6,7 @@ import csv
 import math
 import random
 import shutil
-import time
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -598,18 +598,26 @@ def test_runs_on_two_machines_share_a_report(tmp_path):
 
 
 def test_building_grows_linearly():
-    """Ten times the rows may take a little over ten times as long, not a hundred: quadratic steps would show."""
+    """Ten times the rows may take a little over ten times the calls, not a hundred: quadratic steps would show."""
 
-    def seconds(subjects: int) -> float:
+    def calls(subjects: int) -> int:
         shapes = {f"m/depth-{i}": (i + 1, 1e6, 1000 + i) for i in range(subjects)}
         results = cases.sweep({"m": (9, 1e6, 9000), **shapes}, {"eager": 1.0}, (1, 2, 4, 8, 16), limit=1e12)
-        start = time.process_time()
-        build([results])
-        return time.process_time() - start
+        count = 0
 
-    seconds(10)
-    small, large = min(seconds(100) for _ in range(2)), seconds(1000)
-    assert large < 25 * max(small, 0.02)
+        def seen(_: object, event: str, __: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(seen)
+        try:
+            build([results])
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(10)
+    assert calls(400) < 13 * calls(40)
 
 
 def test_a_large_table_is_cut_in_the_page_and_whole_in_the_csv():
