@@ -19,10 +19,11 @@ from shortllama import methods, planning, presets, pruning, sources
 from shortllama.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, SELF, Calibration
 from shortllama.criteria import Reductions
 from shortllama.errors import InputError
-from shortllama.plan import Plan, Target, shape_after
+from shortllama.plan import Plan, Target
 from shortllama.removals import Unit
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
+from shortllama.variants import Variant
 
 
 def load(
@@ -55,18 +56,20 @@ def score(
     unit: Unit | None = None,
     reductions: Reductions | None = None,
     towards: ModelShape | None = None,
+    variant: Variant | None = None,
 ) -> Scores:
     """Return the scores of a transformers model by a criterion; higher = keep.
 
     `calibration`: "self" (sampled from the model), a text or JSONL file (needs `tokenizer`), `ids:FILE.jsonl`, or a
     Calibration made before. `unit` "module" scores attention and FFNs apart. `reductions`: how mag and taylor aggregate
-    weights. `towards`: the shape it will be pruned to, which only wanda-sp reads.
+    weights. `towards`: the shape it will be pruned to, which only wanda-sp reads. `variant`: what flap measures.
     Raises InputError for a calibration that is missing, too short or malformed.
     """
     from shortllama import scoring
 
     used = _calibration(model, criterion, calibration, tokenizer, samples, length, seed, data_dir)
-    return scoring.score(model, criterion, used, unit=unit, reductions=reductions, towards=towards, seed=seed)
+    how: dict[str, Any] = {"unit": unit, "reductions": reductions, "towards": towards, "variant": variant}
+    return scoring.score(model, criterion, used, **how, seed=seed)
 
 
 def _calibration(
@@ -104,6 +107,7 @@ def plan(
     align: int = 1,
     unit: Unit | None = None,
     iterative: bool = False,
+    variant: Variant | None = None,
     reductions: Reductions | None = None,
     scores: Scores | None = None,
     calibration: str | Calibration = SELF,
@@ -118,8 +122,9 @@ def plan(
     Give one of `ratio` (share of the blocks, of their parameters by module, or of heads and neurons for width methods),
     `blocks` (how many go) and `target_params` (parameters left; `at_most` never exceeds them). `protect` is (first,
     last) blocks that stay, by default the method's. `align` rounds kept widths up to a multiple. `unit` "module"
-    removes attention and FFNs apart, and `iterative` scores what is left again after each removal. Without `scores` the
-    model is scored first, as in `score` (a named one is loaded for it); a catalogue shape gets a blind plan, for random
+    removes attention and FFNs apart, and `iterative` scores what is left again after each removal. `variant` chooses
+    among a width method's published variants; flap's biases take its scores in `apply` too. Without `scores` the model
+    is scored first, as in `score` (a named one is loaded for it); a catalogue shape gets a blind plan, for random
     weights only. In place of a method, `preset` names a published order (`presets`), which needs no scores and, where
     its name ends in a label, no target. Raises InputError for an unknown method, a target out of range, and scores of
     another model.
@@ -134,11 +139,11 @@ def plan(
     if target is None or method is None:
         raise InputError("give exactly one of ratio, blocks and target_params; saw 0")
     made = {"model": name, "shape": shape, "target": target, "protect": protect, "align": align, "at_most": at_most}
-    made |= {"unit": unit, "iterative": iterative}
-    blind = planning.make_plan_for(method, **made)
+    made |= {"unit": unit, "iterative": iterative, "variant": variant}
+    towards = planning.outlook(method, **{key: value for key, value in made.items() if key != "model"})
     if scores is None and source is not None:
         if source.folder is None:
-            return blind
+            return planning.make_plan_for(method, **made)
         model, tokenizer = pruning.load(source)
     if scores is None:
         from shortllama import scoring
@@ -151,18 +156,19 @@ def plan(
             stay = row.protect if protect is None else protect
             scores = scoring.iterate(model, row.criterion, used, goal=goal, protect=stay, **how)
         else:
-            scores = scoring.score(model, row.criterion, used, towards=shape_after(shape, blind.keep), **how)
+            scores = scoring.score(model, row.criterion, used, towards=towards, variant=variant, **how)
     return planning.make_plan_for(method, **made, scores=scores, seed=seed)
 
 
-def apply(plan: Plan, model: Any) -> Any:
+def apply(plan: Plan, model: Any, *, scores: Scores | None = None) -> Any:
     """Return a new model with what `plan` keeps of `model`, which is untouched.
 
-    Raises PlanError for a plan of another base, and for a blind plan on real weights.
+    A plan with bias compensation (flap) takes the `scores` it was made from. Raises PlanError for other scores, a plan
+    of another base, and a blind plan on real weights.
     """
-    from shortllama import surgery
+    from shortllama import compensation, surgery
 
-    return surgery.apply(plan, model)
+    return surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
 
 
 def _target(ratio: float | None, blocks: int | None, target_params: float | None) -> Target | None:

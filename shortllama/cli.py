@@ -23,8 +23,10 @@ from shortllama.evaluation.results import Evaluation, write_evaluation
 from shortllama.plan import Plan, Target
 from shortllama.pruning import Choice, Scoring
 from shortllama.removals import Unit
+from shortllama.scores import Scores
 from shortllama.shape import ModelShape, item_bytes
 from shortllama.sources import Source
+from shortllama.variants import Variant
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -68,6 +70,7 @@ def score(
     iterative: options.Iterative = False,
     weight_reduction: options.WeightReduction = "sum",
     block_reduction: options.BlockReduction = "sum",
+    metric: options.Metric = None,
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -85,9 +88,9 @@ def score(
     scoring = Scoring(
         calibration, samples, length, seed, data_dir, trust_remote_code, Reductions(weight_reduction, block_reduction)
     )
-    steps = pruning.Steps() if iterative else None
+    how = {"unit": unit, "steps": pruning.Steps() if iterative else None, "variant": Variant(metric)}
     with _steps() as progress:
-        scores = pruning.score(sources.locate(model), criterion, scoring, unit=unit, steps=steps, progress=progress)
+        scores = pruning.score(sources.locate(model), criterion, scoring, **how, progress=progress)
     if out is not None:
         score_files.write_scores(out, scores)
         console.say(f"wrote {out}")
@@ -113,6 +116,9 @@ def plan(
     scores: options.ScoresFile = None,
     weight_reduction: options.WeightReduction = "sum",
     block_reduction: options.BlockReduction = "sum",
+    metric: options.Metric = None,
+    structure: options.Structure = None,
+    remove_heads: options.RemoveHeads = None,
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -132,9 +138,17 @@ def plan(
         calibration, samples, length, seed, data_dir, trust_remote_code, Reductions(weight_reduction, block_reduction)
     )
     target = options.optional_target(ratio, blocks, target_params)
-    limits = _Limits(at_most, options.protection(protect), align, unit, iterative)
+    limits = _Limits(
+        at_most, options.protection(protect), align, unit, iterative, Variant(metric, structure, remove_heads)
+    )
     source = sources.locate(model)
-    _deliver(_make(source, method, preset, target, limits, scoring, scores), source.shape, out, as_json)
+    made, _ = _make(source, method, preset, target, limits, scoring, scores)
+    if made.compensation and scores is None:
+        console.say(
+            "note: the biases of this plan come from its scores, which are not kept; to apply it later, write them "
+            "first (score --out) and give them to plan and prune, or prune at once (prune --method)"
+        )
+    _deliver(made, source.shape, out, as_json)
 
 
 @app.command(epilog="Example: shortllama compose depth.json width.json --out both.json")
@@ -158,7 +172,7 @@ def show(path: PlanPath, as_json: options.Json = False) -> None:
     held = plans.read_plan(path) if shape is None or (path / "plan.json").exists() else None
     base = pruning.base_at_hand(held) if held else None
     if shape is None and base is not None and held is not None:
-        shape = plans.shape_after(base, held.keep)
+        shape = plans.shape_of(held, base)
     if as_json:
         described = display.shape_document(str(path), shape, "float16") if shape else None
         console.emit({"plan": held, "shape": described, "base_parameters": base.parameters if base else None})
@@ -202,6 +216,9 @@ def prune(
     scores: options.ScoresFile = None,
     weight_reduction: options.WeightReduction = "sum",
     block_reduction: options.BlockReduction = "sum",
+    metric: options.Metric = None,
+    structure: options.Structure = None,
+    remove_heads: options.RemoveHeads = None,
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -219,17 +236,21 @@ def prune(
     if source.folder is None:
         raise InputError(f"{model} is a shape without weights; prune a folder, a hub id or 'reference'")
     if plan_file is not None:
+        made = plans.read_plan(plan_file)
         options.refuse_choice(
             method=method,
             preset=preset,
             ratio=ratio,
             blocks=blocks,
             target_params=target_params,
-            scores=scores,
+            scores=None if made.compensation else scores,
             unit=unit,
             iterative=iterative,
+            metric=metric,
+            structure=structure,
+            remove_heads=remove_heads,
         )
-        made = plans.read_plan(plan_file)
+        found = None if scores is None else score_files.read_scores(scores)
     else:
         scoring = Scoring(
             calibration,
@@ -241,9 +262,11 @@ def prune(
             Reductions(weight_reduction, block_reduction),
         )
         target = options.optional_target(ratio, blocks, target_params)
-        limits = _Limits(at_most, options.protection(protect), align, unit, iterative)
-        made = _make(source, method, preset, target, limits, scoring, scores)
-    _write(source, made, out, as_json)
+        limits = _Limits(
+            at_most, options.protection(protect), align, unit, iterative, Variant(metric, structure, remove_heads)
+        )
+        made, found = _make(source, method, preset, target, limits, scoring, scores)
+    _write(source, made, found, out, as_json)
 
 
 @app.command(epilog="Example: shortllama verify pruned --against reference")
@@ -353,6 +376,7 @@ class _Limits(NamedTuple):
     align: int
     unit: Unit | None
     iterative: bool
+    variant: Variant
 
 
 def _make(
@@ -363,8 +387,8 @@ def _make(
     limits: _Limits,
     scoring: Scoring,
     scores_path: Path | None,
-) -> Plan:
-    """Return the plan of a method, or of a preset, and tell what the user should know about it."""
+) -> tuple[Plan, Scores | None]:
+    """Return the plan of a method with its scores, or of a preset, and tell what the user should know about it."""
     if preset is not None:
         options.refuse_beside_preset(
             method=method,
@@ -372,8 +396,11 @@ def _make(
             unit=limits.unit,
             iterative=limits.iterative,
             scores=scores_path,
+            metric=limits.variant.metric,
+            structure=limits.variant.structure,
+            remove_heads=limits.variant.remove_heads,
         )
-        return pruning.from_preset(source, preset, target, at_most=limits.at_most, protect=limits.protect)
+        return pruning.from_preset(source, preset, target, at_most=limits.at_most, protect=limits.protect), None
     if method is None:
         raise InputError(
             "nothing says what to remove; give --plan FILE (prune), --method NAME with --ratio R or --preset NAME"
@@ -381,7 +408,7 @@ def _make(
     choice = Choice(method, options.required(target), *limits)
     scores = None if scores_path is None else score_files.read_scores(scores_path)
     with _steps() as progress:
-        return pruning.choose(
+        return pruning.choose_and_score(
             source, choice, scoring, scores, progress=progress, note=lambda text: console.say(f"note: {text}")
         )
 
@@ -396,17 +423,19 @@ def _deliver(made: Plan, base: ModelShape, out: Path | None, as_json: bool) -> N
         display.show_plan(made, base)
 
 
-def _write(source: Source, made: Plan, out: Path, as_json: bool) -> None:
+def _write(source: Source, made: Plan, scores: Scores | None, out: Path, as_json: bool) -> None:
     """Show what changes, write the checkpoint, prove it. Raises VerificationError where the proof fails."""
-    from shortllama import checkpoint, verification
+    from shortllama import checkpoint, compensation, verification
 
     plans.check_base(made, source.shape)
-    checkpoint.refuse_unwritable(made)
+    compensation.check(made, scores)
+    if made.compensation is None:
+        checkpoint.refuse_unwritable(made)
     folder = sources.fetch(source)
     checkpoint.stored_tensors(folder, source.shape)
     if not as_json:
-        display.show_before_after(source.shape, plans.shape_after(source.shape, made.keep))
-    manifest = checkpoint.write(folder, made, out)
+        display.show_before_after(source.shape, plans.shape_of(made, source.shape))
+    manifest = pruning.write(source, made, out, scores=scores)
     report = verification.verify(out, source.name)
     if as_json:
         console.emit({"folder": str(out), "plan": made, "manifest": manifest, "verification": report})

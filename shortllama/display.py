@@ -14,7 +14,7 @@ import msgspec
 from shortllama.difference import ANY_SIZE, Difference, SetDifference
 from shortllama.evaluation.results import Evaluation
 from shortllama.indices import count_indices, format_indices
-from shortllama.plan import BlockKeep, Plan, shape_after
+from shortllama.plan import BlockKeep, Plan, shape_of
 from shortllama.scores import Scores
 from shortllama.shape import BlockShape, ModelShape
 
@@ -155,7 +155,7 @@ def show_plan(plan: Plan, base: ModelShape | None) -> None:
         facts["blocks removed"] = (
             format_indices(set(range(len(base.blocks))) - {keep.index for keep in plan.keep}) or "none"
         )
-        facts["parameters"] = f"{count(base.parameters)} -> {count(shape_after(base, plan.keep).parameters)}"
+        facts["parameters"] = f"{count(base.parameters)} -> {count(shape_of(plan, base).parameters)}"
     if plan.compensation:
         facts["bias compensation"] = plan.compensation
     facts["digest"] = plan.digest()

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shortllama import criteria, files, methods, removals
+from shortllama import criteria, files, methods, removals, variants
 from shortllama.errors import InputError
 from shortllama.plan import Target
 
@@ -53,6 +53,8 @@ _REDUCTIONS = f"{', '.join(criteria.REDUCTIONS)} (mag and taylor)."
 WeightReduction = Annotated[str, typer.Option(help=f"Over the output neurons of each weight: {_REDUCTIONS}")]
 BlockReduction = Annotated[str, typer.Option(help=f"Over the weights of each block or module: {_REDUCTIONS}")]
 
+Metric = Annotated[str | None, typer.Option(help=f"What flap measures: {', '.join(variants.METRICS)}.")]
+
 # -- choosing: what `plan` takes, and `prune` where no plan is given --------------------------------------------------
 
 _METHODS = f"How to choose: {', '.join(methods.METHODS)}."
@@ -73,6 +75,11 @@ Protect = Annotated[
     typer.Option(metavar="FIRST,LAST", help="Blocks at either end that must stay, such as 4,2. Default: the method's."),
 ]
 Align = Annotated[int, typer.Option(min=1, help="Round kept widths up to a multiple of this (width methods).")]
+_ALLOTTED = f"{', '.join(variants.STRUCTURES['flap'])} (uniform, adaptive or manual: layers, modules)"
+Structure = Annotated[str | None, typer.Option(help=f"How flap allots widths to blocks and modules: {_ALLOTTED}.")]
+RemoveHeads = Annotated[
+    int | None, typer.Option(metavar="N", help="KV heads to remove over all blocks (structures AL-MM and UL-MM).")
+]
 ScoresFile = Annotated[
     Path | None, typer.Option("--scores", metavar="FILE", help="Use these scores (from score --out), score nothing.")
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,6 +21,10 @@ from shortllama.removals import Goal, Unit
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 from shortllama.sources import Source
+from shortllama.variants import Variant
+
+if TYPE_CHECKING:
+    from shortllama.checkpoint import Manifest
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,7 +51,8 @@ class Steps(msgspec.Struct, frozen=True):
 class Choice(msgspec.Struct, frozen=True):
     """What to remove: a method's name, a target, and constraints. `protect` None: what the method protects.
 
-    `unit` "module" removes attention and FFNs apart; `iterative` scores what is left again after each removal.
+    `unit` "module" removes attention and FFNs apart; `iterative` scores what is left again after each removal;
+    `variant` is that of a width method.
     """
 
     method: str
@@ -57,6 +62,7 @@ class Choice(msgspec.Struct, frozen=True):
     align: int = 1
     unit: Unit | None = None
     iterative: bool = False
+    variant: Variant = Variant()
 
 
 def choose(
@@ -68,20 +74,33 @@ def choose(
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Return the plan of `choice` for a model: from `scores` if given, else by scoring it first.
+    """Return the plan of `choice` for a model; see `choose_and_score`."""
+    return choose_and_score(source, choice, scoring, scores, progress=progress, note=note)[0]
+
+
+def choose_and_score(
+    source: Source,
+    choice: Choice,
+    scoring: Scoring,
+    scores: Scores | None = None,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> tuple[Plan, Scores | None]:
+    """Return the plan of `choice` for a model, and the scores it was made from: those given, else by scoring it first.
 
     A shape without weights gets a blind plan. `progress(what, done, total)` is called while a model is scored, and
     `note(sentence)` for what the user should know about the plan.
     Raises InputError for anything that cannot be done, before loading the model.
     """
-    blind = _plan(source, choice, None, None)
+    towards = _outlook(source, choice)
     if scores is None and source.folder is not None:
-        scores = _score_for(source, choice, scoring, blind, progress)
-    made = blind if scores is None else _plan(source, choice, scores, scoring.seed)
+        scores = _score_for(source, choice, scoring, towards, progress)
+    made = _plan(source, choice, scores, None if scores is None else scoring.seed)
     for remark in _remarks(source.shape, choice, made, scores):
         if note is not None and remark:
             note(remark)
-    return made
+    return made, scores
 
 
 def from_preset(
@@ -98,12 +117,14 @@ def from_preset(
     )
 
 
-def _score_for(source: Source, choice: Choice, scoring: Scoring, blind: Plan, progress: Progress | None) -> Scores:
-    """Score a model for what `blind` has in number and size, or step by step until the target is settled."""
+def _score_for(
+    source: Source, choice: Choice, scoring: Scoring, towards: ModelShape | None, progress: Progress | None
+) -> Scores:
+    """Score a model towards the shape that it will have, or step by step until the target is settled."""
     criterion = methods.lookup(choice.method).criterion
     if not choice.iterative:
-        towards = plans.shape_after(source.shape, blind.keep)
-        return score(source, criterion, scoring, unit=choice.unit, towards=towards, progress=progress)
+        how = {"unit": choice.unit, "towards": towards, "variant": choice.variant}
+        return score(source, criterion, scoring, **how, progress=progress)
     goal = planning.goal_for(
         choice.method, shape=source.shape, target=choice.target, unit=choice.unit, at_most=choice.at_most
     )
@@ -123,6 +144,21 @@ def _remarks(shape: ModelShape, choice: Choice, made: Plan, scores: Scores | Non
     return found
 
 
+def _outlook(source: Source, choice: Choice) -> ModelShape | None:
+    """Check all that can be checked without scores; return the shape that the plan will have, if that tells it."""
+    return planning.outlook(
+        choice.method,
+        shape=source.shape,
+        target=choice.target,
+        protect=choice.protect,
+        align=choice.align,
+        at_most=choice.at_most,
+        unit=choice.unit,
+        iterative=choice.iterative,
+        variant=choice.variant,
+    )
+
+
 def _plan(source: Source, choice: Choice, scores: Scores | None, seed: int | None) -> Plan:
     return planning.make_plan_for(
         choice.method,
@@ -135,6 +171,7 @@ def _plan(source: Source, choice: Choice, scores: Scores | None, seed: int | Non
         at_most=choice.at_most,
         unit=choice.unit,
         iterative=choice.iterative,
+        variant=choice.variant,
         seed=seed,
     )
 
@@ -153,16 +190,18 @@ def score(
     unit: Unit | None = None,
     steps: Steps | None = None,
     towards: ModelShape | None = None,
+    variant: Variant | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Return the scores of a named model by a criterion; loads it, and its calibration where that is needed.
 
     `unit` "module" scores attention and FFNs apart. `steps`: score what is left again after each removal. `towards`:
-    the shape it will be pruned to, for criteria that depend on it. Raises InputError for a shape without
-    weights where the criterion reads them.
+    the shape it will be pruned to, for criteria that depend on it. `variant`: what flap measures. Raises InputError for
+    a shape without weights where the criterion reads them.
     """
     chosen = criteria.lookup(criterion)
     criteria.check(chosen, unit, scoring.reductions, iterative=steps is not None)
+    (variant or Variant()).check_measured(criterion)
     needs = chosen.NEEDS
     if needs != "nothing" and source.folder is None:
         raise InputError(
@@ -197,7 +236,27 @@ def score(
     }
     if steps is not None:
         return engine.iterate(model, criterion, used, goal=steps.goal, protect=steps.protect, **how)
-    return engine.score(model, criterion, used, towards=towards, **how)
+    return engine.score(model, criterion, used, towards=towards, variant=variant, **how)
+
+
+def write(source: Source, plan: Plan, out: Path, *, scores: Scores | None = None) -> Manifest:
+    """Write what `plan` leaves of a named model to the folder `out`; returns its manifest.
+
+    From file to file, or through a loaded model where the plan has bias compensation, which takes the `scores` that it
+    was made from. Raises PlanError for a blind plan, other scores or another base, InputError for an unusable `out`.
+    """
+    from shortllama import checkpoint, compensation
+
+    compensation.check(plan, scores)
+    folder = sources.fetch(source)
+    if plan.compensation is None:
+        return checkpoint.write(folder, plan, out)
+    from shortllama import surgery
+
+    checkpoint.refuse_own_folder(out, folder)
+    model, _ = checkpoint.load(folder)
+    pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
+    return checkpoint.save(pruned, plan, out, companions=folder)
 
 
 def load(source: Source, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

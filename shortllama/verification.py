@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shortllama import checkpoint, configs, engines, files, sources, stock_reload, tensorfile
-from shortllama.errors import InputError, UnsupportedError
+from shortllama.compensation import OUTPUTS
+from shortllama.errors import InputError
 from shortllama.exporting import MARK as EXPORT_MARK
 from shortllama.exporting import Export
 from shortllama.families import Adapter, adapter
-from shortllama.plan import BlockKeep, Plan, check_base, kept_groups, kept_neurons, read_plan, shape_after
+from shortllama.plan import BlockKeep, Plan, check_base, kept_groups, kept_neurons, read_plan, shape_of
 from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:
@@ -93,13 +94,14 @@ def verify(folder: str | Path, against: str | Path | None = None, *, device: str
     if against is not None and plan is not None:
         base = sources.from_folder(str(against), against) if isinstance(against, Path) else sources.locate(against)
         check_base(plan, base.shape)
-        after = shape_after(base.shape, plan.keep)
-        same = after.blocks == source.shape.blocks
-        checks.append(Check("shape of the plan", same, "as planned" if same else "blocks differ from the plan's"))
+        after = shape_of(plan, base.shape)
+        same = (after.blocks, after.parameters) == (source.shape.blocks, source.shape.parameters)
+        seen = "as planned" if same else "blocks or biases differ from the plan's"
+        checks.append(Check("shape of the plan", same, seen))
         if same:
-            checks.append(
-                _compare("masked dense model", own, _masked_outputs(sources.fetch(base), plan, prompt, device))
-            )
+            biases = _biases(folder, device) if plan.compensation else {}
+            masked = _masked_outputs(sources.fetch(base), plan, biases, prompt, device)
+            checks.append(_compare(f"masked dense model{' with its biases' if biases else ''}", own, masked))
     form = "stock" if stock else configs.OWN_MODEL_TYPE
     fits = engines.fits(source.shape, source.config)
     return Report(str(folder), form, loaded_as, source.shape.parameters, tuple(checks), fits)
@@ -110,13 +112,7 @@ def _plan_for(folder: Path, against: str | Path | None) -> Plan | None:
         return None
     if not (folder / checkpoint.MARK).is_file():
         raise InputError(f"{folder}: no {checkpoint.MARK}, so there is nothing to compare with {against}")
-    plan = read_plan(folder)
-    if plan.compensation:
-        raise UnsupportedError(
-            f"{folder}: its plan adds {plan.compensation!r} compensation, which a masked dense model lacks; verify it "
-            "without --against"
-        )
-    return plan
+    return read_plan(folder)
 
 
 def verify_padded(folder: Path, source: str | Path) -> Report:
@@ -168,9 +164,20 @@ def _stock_outputs(folder: Path, prompt: list[int]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def _masked_outputs(folder: Path, plan: Plan, prompt: list[int], device: str) -> dict[str, Any]:
+def _biases(folder: Path, device: str) -> dict[str, nn.Parameter]:
+    """Return the biases of a checkpoint's output projections, by name."""
+    model, _ = checkpoint.load(folder, dtype="float32", device=device)
+    ends = tuple(f".{path}.bias" for short, path in adapter(model).family.projections.items() if short in OUTPUTS)
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
+
+
+def _masked_outputs(
+    folder: Path, plan: Plan, biases: dict[str, nn.Parameter], prompt: list[int], device: str
+) -> dict[str, Any]:
     model, _ = checkpoint.load(folder, dtype="float32", device=device)
     mask(model, plan)
+    if biases:
+        _put_biases(adapter(model), plan, biases)
     return stock_reload.outputs(model, prompt, NEW_TOKENS)
 
 
@@ -195,6 +202,14 @@ def relative_difference(left: list[list[float]], right: list[list[float]]) -> fl
 
 
 # -- the masked dense model -------------------------------------------------------------------------------------------
+
+
+def _put_biases(parts: Adapter, plan: Plan, biases: dict[str, nn.Parameter]) -> None:
+    """Give a dense model's blocks, in place, the biases that those of the pruned one have."""
+    for number, keep in enumerate(plan.keep):
+        for short, linear in parts.projections(parts.blocks[keep.index]).items():
+            bias = biases.get(f"{parts.family.blocks}.{number}.{parts.family.projections[short]}.bias")
+            linear.bias = linear.bias if bias is None else bias
 
 
 def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

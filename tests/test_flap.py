@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,14 +11,26 @@ import numpy as np
 import pytest
 import torch
 
-from shortllama import calibration, compensation, scoring, surgery, verification
+import shortllama as sl
+from shortllama import calibration, checkpoint, compensation, console, scoring, sources, surgery, verification
+from shortllama.cli import app
 from shortllama.criteria import flap
 from shortllama.errors import InputError, PlanError
 from shortllama.families import adapter
-from shortllama.plan import BlockKeep, Plan, Provenance, Target, kept_groups, kept_neurons, make_plan, shape_of
+from shortllama.plan import (
+    BlockKeep,
+    Plan,
+    Provenance,
+    Target,
+    kept_groups,
+    kept_neurons,
+    make_plan,
+    read_plan,
+    shape_of,
+)
 from shortllama.planning import make_plan_for
-from shortllama.scores import Scores
-from shortllama.shape import ModelShape
+from shortllama.scores import Scores, read_scores
+from shortllama.shape import BlockShape, ModelShape
 from shortllama.variants import METRICS, Variant
 
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"biases": ("q", "k", "v")}, "qwen3": {"qk_norm": True}}
@@ -285,3 +299,130 @@ def test_masking_alone_is_another_model() -> None:
     plan = compensated(model, scores, KEEPS["some"])
     pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
     assert (logits(pruned) - logits(verification.mask(model, plan))).abs().max() > 1e-4
+
+
+# -- the commands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder `tiny` of a 4-block GQA model, beside token ids to calibrate on."""
+    shape = ModelShape.uniform(vocabulary=97, hidden=64, head_dim=8, blocks=4, query_heads=8, kv_heads=4, neurons=96)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    surgery.build(shape, std=0.2).save_pretrained(path)
+    rows = np.random.default_rng(5).integers(0, 97, size=(6, 16)).tolist()
+    (path.parent / "ids.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return run(*arguments, code=0) -> (stdout, stderr) of a command in this process, beside the model."""
+    monkeypatch.chdir(folder.parent)
+
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        seen = console.run(app, list(map(str, arguments)))
+        out, err = capfd.readouterr()
+        assert seen == code, err
+        return out, err
+
+    return run
+
+
+CALIBRATION = ("--calibration", "ids:ids.jsonl", "--samples", 6, "--length", 16)
+
+
+def test_prune_scores_compensates_writes_and_verifies(run: Any, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    report = json.loads(
+        run("prune", folder, "--method", "flap", "--ratio", 0.4, *CALIBRATION, "--out", out, "--json")[0]
+    )
+    assert report["plan"]["compensation"] == "flap"
+    checks = {check["name"]: check["passed"] for check in report["verification"]["checks"]}
+    assert checks["masked dense model with its biases"]
+    model, _ = checkpoint.load(out)
+    assert surgery.shape_of(model).parameters == report["manifest"]["parameters"]
+    assert any(bias.abs().max() > 1e-4 for name, bias in model.named_parameters() if name.endswith("o_proj.bias"))
+    shape = sources.from_folder("tiny", folder).shape
+    assert report["plan"]["achieved"]["parameters"] == pytest.approx(
+        1 - report["manifest"]["parameters"] / shape.parameters, abs=1e-6
+    )
+
+
+def test_planted_biases_fail_the_verification(run: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The masked dense model gets the biases written, so it must be the slices that are proven: plant a wrong one."""
+    take = surgery._take
+    monkeypatch.setattr(
+        surgery, "_take", lambda tensor, one: take(tensor, one).flip(-1) if one.columns else take(tensor, one)
+    )
+    _, err = run("prune", folder, "--method", "flap", "--ratio", 0.4, *CALIBRATION, "--out", tmp_path / "wrong", code=1)
+    assert "masked dense model with its biases" in err
+
+
+def test_a_plan_is_applied_with_the_scores_it_was_made_from(run: Any, folder: Path, tmp_path: Path) -> None:
+    scores, other, plan = tmp_path / "scores.json", tmp_path / "other.json", tmp_path / "plan.json"
+    run("score", folder, "--criterion", "flap-exact", "--metric", "WIFN", *CALIBRATION, "--out", scores)
+    run("score", folder, "--criterion", "flap-exact", *CALIBRATION, "--out", other)
+    _, err = run(
+        "plan", folder, "--method", "flap-exact", "--structure", "AL-MM", "--remove-heads", 3, "--ratio", 0.4,
+        "--scores", scores, "--out", plan,
+    )  # fmt: skip
+    assert "note" not in err
+    made = read_plan(plan)
+    assert made.method == "flap-exact (AL-MM, 3 heads)"
+    assert sum(4 - len(kept_groups(keep, BlockShape(8, 4, 96))) for keep in made.keep) == 3
+    _, err = run("prune", folder, "--plan", plan, "--out", tmp_path / "out", code=2)
+    assert "whose means are in the scores it was made from" in err
+    _, err = run("prune", folder, "--plan", plan, "--scores", other, "--out", tmp_path / "out", code=2)
+    assert "its compensation needs the same scores" in err
+    run("prune", folder, "--plan", plan, "--scores", scores, "--out", tmp_path / "out")
+    model, _ = checkpoint.load(folder, dtype="float32")
+    found = read_scores(scores)
+    pruned = sl.apply(made, model, scores=found)
+    again, _ = checkpoint.load(tmp_path / "out")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in pruned.state_dict().items())
+
+
+def test_planning_without_a_scores_file_says_what_is_lost(run: Any, folder: Path) -> None:
+    _, err = run("plan", folder, "--method", "flap", "--ratio", 0.3, *CALIBRATION)
+    assert "note: the biases of this plan come from its scores, which are not kept" in err
+    _, err = run(
+        "plan", folder, "--method", "flap", "--ratio", 0.3, "--metric", "WIFN", "--structure", "UL-UM", *CALIBRATION
+    )
+    assert "note" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("plan", "llama-7b", "--method", "flap", "--ratio", 0.2), "only scores tell"),
+        (("plan", "llama-7b", "--method", "ppl", "--ratio", 0.2, "--metric", "IFV"), "--metric IFV is not for ppl"),
+        (("score", "tiny", "--criterion", "ppl", "--metric", "IFV"), "--metric IFV is not for ppl"),
+        (("plan", "tiny", "--method", "flap", "--ratio", 1.2), "--ratio 1.2 is outside"),
+        (("plan", "tiny", "--method", "flap", "--ratio", 0.2, "--structure", "UL-MM"), "add --remove-heads N"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(run: Any, arguments: tuple[Any, ...], problem: str) -> None:
+    out, err = run(*arguments, code=2)
+    assert problem in err
+    assert out == ""
+    assert err.count("\n") == 1
+
+
+def test_blind_plans_of_uniform_structures_have_a_shape(run: Any) -> None:
+    out, _ = run("plan", "llama-7b", "--method", "flap", "--ratio", 0.2, "--structure", "UL-UM", "--json")
+    assert json.loads(out)["blind"]
+    assert json.loads(out)["compensation"] is None
+
+
+def test_the_library_does_the_same_in_memory() -> None:
+    model, used = build(), tokens()
+    scores = sl.score(model, "flap", calibration=used, variant=Variant(metric="IFV"))
+    plan = sl.plan(model, method="flap", ratio=0.4, scores=scores)
+    pruned = sl.apply(plan, model, scores=scores)
+    assert surgery.shape_of(pruned).biases == ("o", "down")
+    with pytest.raises(PlanError, match="give them too"):
+        sl.apply(plan, model)
+    again = sl.plan(model, method="flap", ratio=0.4, calibration=used, variant=Variant(metric="IFV"))
+    assert again.keep == plan.keep
+    assert again.method == "flap (IFV)"
