@@ -1,7 +1,8 @@
 """What a checkpoint folder computes when stock transformers loads it: run as a script, in a process of its own.
 
 Nothing of this package is imported here, so that a folder which passes cannot owe it to our own loader.
-Input: a JSON line on stdin {"folder", "prompt", "steps"}; output: the same keys as `outputs`, as one JSON line.
+Input: a JSON line on stdin {"folder", "prompt", "steps", "attention"}; output: what `outputs` returns, as one JSON line.
+The attention implementation is named, because transformers 5.17 runs Gemma 2 without its soft caps by default.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 
 def outputs(model: Any, prompt: list[int], steps: int) -> dict[str, Any]:
-    """Return the model's class, its logits after each prompt token (T, V) and its next `steps` greedy tokens.
+    """Return the model's class, its attention implementation, its logits after each prompt token (T, V) and its next `steps` greedy tokens.
 
     One sequence; the tokens are decoded one by one with a KV cache, so that cache numbering is exercised too.
     """
@@ -30,7 +31,8 @@ def outputs(model: Any, prompt: list[int], steps: int) -> dict[str, Any]:
             ids = result.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
             result = model(ids, use_cache=True, **{cache: getattr(result, cache)})
-    return {"class": type(model).__name__, "logits": logits.tolist(), "tokens": tokens}
+    kind = model.config._attn_implementation
+    return {"class": type(model).__name__, "attention": kind, "logits": logits.tolist(), "tokens": tokens}
 
 
 def main() -> None:
@@ -40,7 +42,9 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype="float32", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        asked["folder"], dtype="float32", attn_implementation=asked["attention"], trust_remote_code=False
+    )
     json.dump(outputs(model.eval(), asked["prompt"], asked["steps"]), sys.stdout)
 
 

@@ -88,7 +88,7 @@ def verify(folder: str | Path, against: str | Path | None = None, *, device: str
     stock = source.config.get("model_type") != configs.OWN_MODEL_TYPE
     loaded_as = None
     if stock:
-        seen = _stock_outputs(folder, prompt)
+        seen = _stock_outputs(folder, prompt, own["attention"])
         loaded_as = seen.get("class")
         checks.append(_compare("stock transformers in a fresh process", own, seen))
     if against is not None and plan is not None:
@@ -147,8 +147,9 @@ def _own_outputs(folder: Path, prompt: list[int], device: str) -> dict[str, Any]
     return stock_reload.outputs(model, prompt, NEW_TOKENS)
 
 
-def _stock_outputs(folder: Path, prompt: list[int]) -> dict[str, Any]:
-    asked = json.dumps({"folder": str(folder.resolve()), "prompt": prompt, "steps": NEW_TOKENS})
+def _stock_outputs(folder: Path, prompt: list[int], attention: str | None) -> dict[str, Any]:
+    where = str(folder.resolve())
+    asked = json.dumps({"folder": where, "prompt": prompt, "steps": NEW_TOKENS, "attention": attention})
     done = subprocess.run(
         # -P keeps this package's folder off sys.path, where its module names would shadow others'.
         [sys.executable, "-P", stock_reload.__file__],

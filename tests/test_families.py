@@ -194,7 +194,7 @@ def test_any_stack_has_the_parameters_of_the_stock_model_and_can_be_built(data: 
 
 def test_our_loader_computes_what_stock_transformers_does(case: Case, folder: Path):
     ours, _ = checkpoint.load(folder)
-    stock = AutoModelForCausalLM.from_pretrained(folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=ours.config._attn_implementation)
     assert type(ours) is type(stock)
     assert torch.equal(logits(ours), logits(stock))
     assert tokens(ours) == tokens(stock) == uncached_tokens(stock)
@@ -217,7 +217,8 @@ def test_blocks_are_scored_planned_pruned_written_and_loaded(case: Case, folder:
     checkpoint.write(folder, plan, tmp_path / "pruned")
     again, _ = checkpoint.load(tmp_path / "pruned")
     assert torch.equal(logits(again), logits(pruned))
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    kind = again.config._attn_implementation
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", attn_implementation=kind)
     assert (logits(stock) - logits(pruned)).abs().max() < 1e-5
     assert tokens(stock) == tokens(again) == uncached_tokens(again)
     if criterion == "ppl":  # what the score says is what the pruned model does
