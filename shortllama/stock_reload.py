@@ -1,7 +1,7 @@
 """What a checkpoint folder computes when stock transformers loads it: run as a script, in a process of its own.
 
 Nothing of this package is imported here, so that a folder which passes cannot owe it to our own loader.
-Input: a JSON line on stdin {"folder", "prompt", "steps", "attention"}; output: what `outputs` returns, as one JSON line.
+Input: a JSON line on stdin {"folder", "prompt", "steps", "attention"}; output: what `outputs` returns, as one line.
 The attention implementation is named, because transformers 5.17 runs Gemma 2 without its soft caps by default.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def outputs(model: Any, prompt: list[int], steps: int) -> dict[str, Any]:
-    """Return the model's class, its attention implementation, its logits after each prompt token (T, V) and its next `steps` greedy tokens.
+    """Return the model's class and attention, its logits after each prompt token (T, V) and `steps` greedy tokens.
 
     One sequence; the tokens are decoded one by one with a KV cache, so that cache numbering is exercised too.
     """
