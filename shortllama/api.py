@@ -62,12 +62,13 @@ def score(
 
     `calibration`: "self" (sampled from the model), a text or JSONL file (needs `tokenizer`), `ids:FILE.jsonl`, or a
     Calibration made before. `unit` "module" scores attention and FFNs apart. `reductions`: how mag and taylor aggregate
-    weights. `towards`: the shape it will be pruned to, which only wanda-sp reads. `variant`: what flap measures.
+    weights. `towards`: the shape it will be pruned to, which wanda-sp and llm-pruner in steps read. `variant`: what
+    flap or llm-pruner measures.
     Raises InputError for a calibration that is missing, too short or malformed.
     """
     from shortllama import scoring
 
-    used = _calibration(model, criterion, calibration, tokenizer, samples, length, seed, data_dir)
+    used = _calibration(model, criterion, calibration, tokenizer, samples, length, seed, data_dir, variant)
     how: dict[str, Any] = {"unit": unit, "reductions": reductions, "towards": towards, "variant": variant}
     return scoring.score(model, criterion, used, **how, seed=seed)
 
@@ -81,13 +82,14 @@ def _calibration(
     length: int,
     seed: int,
     data_dir: Path | None,
+    variant: Variant | None,
 ) -> Calibration | None:
     """The calibration that a criterion needs, or None."""
     from shortllama import calibration, criteria
 
     if isinstance(source, Calibration):
         return source
-    if criteria.lookup(criterion).NEEDS != "calibration":
+    if criteria.needs(criteria.lookup(criterion), variant) != "calibration":
         return None
     return calibration.load(
         source, tokenizer=tokenizer, model=model, samples=samples, length=length, seed=seed, data_dir=data_dir
@@ -149,7 +151,7 @@ def plan(
         from shortllama import scoring
 
         row = methods.lookup(method)
-        used = _calibration(model, row.criterion, calibration, tokenizer, samples, length, seed, data_dir)
+        used = _calibration(model, row.criterion, calibration, tokenizer, samples, length, seed, data_dir, variant)
         how: dict[str, Any] = {"unit": unit, "seed": seed, "reductions": reductions}
         if iterative:
             goal = planning.goal_for(method, shape=shape, target=target, unit=unit, at_most=at_most)

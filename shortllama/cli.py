@@ -71,6 +71,8 @@ def score(
     weight_reduction: options.WeightReduction = "sum",
     block_reduction: options.BlockReduction = "sum",
     metric: options.Metric = None,
+    estimator: options.Estimator = None,
+    group_reduction: options.GroupReduction = None,
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -88,7 +90,8 @@ def score(
     scoring = Scoring(
         calibration, samples, length, seed, data_dir, trust_remote_code, Reductions(weight_reduction, block_reduction)
     )
-    how = {"unit": unit, "steps": pruning.Steps() if iterative else None, "variant": Variant(metric)}
+    variant = Variant(metric, estimator=estimator, group_reduction=group_reduction)
+    how = {"unit": unit, "steps": pruning.Steps() if iterative else None, "variant": variant}
     with _steps() as progress:
         scores = pruning.score(sources.locate(model), criterion, scoring, **how, progress=progress)
     if out is not None:
@@ -117,8 +120,11 @@ def plan(
     weight_reduction: options.WeightReduction = "sum",
     block_reduction: options.BlockReduction = "sum",
     metric: options.Metric = None,
+    estimator: options.Estimator = None,
+    group_reduction: options.GroupReduction = None,
     structure: options.Structure = None,
     remove_heads: options.RemoveHeads = None,
+    steps: options.VariantSteps = None,
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -138,9 +144,8 @@ def plan(
         calibration, samples, length, seed, data_dir, trust_remote_code, Reductions(weight_reduction, block_reduction)
     )
     target = options.optional_target(ratio, blocks, target_params)
-    limits = _Limits(
-        at_most, options.protection(protect), align, unit, iterative, Variant(metric, structure, remove_heads)
-    )
+    variant = Variant(metric, structure, remove_heads, estimator, group_reduction, steps)
+    limits = _Limits(at_most, options.protection(protect), align, unit, iterative, variant)
     source = sources.locate(model)
     made, _ = _make(source, method, preset, target, limits, scoring, scores)
     if made.compensation and scores is None:
@@ -217,8 +222,11 @@ def prune(
     weight_reduction: options.WeightReduction = "sum",
     block_reduction: options.BlockReduction = "sum",
     metric: options.Metric = None,
+    estimator: options.Estimator = None,
+    group_reduction: options.GroupReduction = None,
     structure: options.Structure = None,
     remove_heads: options.RemoveHeads = None,
+    steps: options.VariantSteps = None,
     calibration: options.Calibration = "self",
     samples: options.Samples = 10,
     length: options.Length = 128,
@@ -249,6 +257,9 @@ def prune(
             metric=metric,
             structure=structure,
             remove_heads=remove_heads,
+            estimator=estimator,
+            group_reduction=group_reduction,
+            steps=steps,
         )
         found = None if scores is None else score_files.read_scores(scores)
     else:
@@ -262,9 +273,8 @@ def prune(
             Reductions(weight_reduction, block_reduction),
         )
         target = options.optional_target(ratio, blocks, target_params)
-        limits = _Limits(
-            at_most, options.protection(protect), align, unit, iterative, Variant(metric, structure, remove_heads)
-        )
+        variant = Variant(metric, structure, remove_heads, estimator, group_reduction, steps)
+        limits = _Limits(at_most, options.protection(protect), align, unit, iterative, variant)
         made, found = _make(source, method, preset, target, limits, scoring, scores)
     _write(source, made, found, out, as_json)
 
@@ -396,9 +406,7 @@ def _make(
             unit=limits.unit,
             iterative=limits.iterative,
             scores=scores_path,
-            metric=limits.variant.metric,
-            structure=limits.variant.structure,
-            remove_heads=limits.variant.remove_heads,
+            **{name: getattr(limits.variant, name) for name in limits.variant.__struct_fields__},
         )
         return pruning.from_preset(source, preset, target, at_most=limits.at_most, protect=limits.protect), None
     if method is None:

@@ -19,7 +19,8 @@ class Method(msgspec.Struct, frozen=True):
     """One method. `protect`: blocks left whole at the start and the end, unless the user says otherwise.
 
     `removes(count, ratio)`: how many of `count` units go at a ratio. The units are the blocks of the model (unit
-    "block"), or the KV groups and the neurons of each unprotected block (unit "width"). `choice`: the lowest scores
+    "block"), or the KV groups and the neurons of each unprotected block (unit "width"), unless a structure of
+    `variants` counts them otherwise. `choice`: the lowest scores
     wherever they are, or the one contiguous run that scores lowest. `modules`: can score attention and FFNs apart.
     `iterative`: scores change as parts go, so that scoring again after each removal makes a difference.
     `compensation`: the biases that stand in for what its plans remove.
@@ -58,6 +59,8 @@ METHODS: dict[str, Method] = {
         Method("last", "last", "block", half_up),
         Method("wanda-sp", "wanda-sp", "width", truncated),
         Method("mag-sp", "mag-sp", "width", truncated),
+        # The published block range of 7B, 4-29 of 32 (and 4-37 of 40), is that of the "+" variants.
+        Method("llm-pruner", "llm-pruner", "width", truncated, _PLUS),
         Method("flap", "flap", "width", truncated, compensation="flap"),
         Method("flap-exact", "flap-exact", "width", truncated, compensation="flap"),
     )

@@ -54,6 +54,12 @@ WeightReduction = Annotated[str, typer.Option(help=f"Over the output neurons of 
 BlockReduction = Annotated[str, typer.Option(help=f"Over the weights of each block or module: {_REDUCTIONS}")]
 
 Metric = Annotated[str | None, typer.Option(help=f"What flap measures: {', '.join(variants.METRICS)}.")]
+Estimator = Annotated[
+    str | None, typer.Option(help=f"What llm-pruner measures of a weight: {', '.join(variants.ESTIMATORS)}.")
+]
+GroupReduction = Annotated[
+    str | None, typer.Option(help=f"Over llm-pruner's coupled weights: {', '.join(variants.GROUP_REDUCTIONS)}.")
+]
 
 # -- choosing: what `plan` takes, and `prune` where no plan is given --------------------------------------------------
 
@@ -75,8 +81,14 @@ Protect = Annotated[
     typer.Option(metavar="FIRST,LAST", help="Blocks at either end that must stay, such as 4,2. Default: the method's."),
 ]
 Align = Annotated[int, typer.Option(min=1, help="Round kept widths up to a multiple of this (width methods).")]
-_ALLOTTED = f"{', '.join(variants.STRUCTURES['flap'])} (uniform, adaptive or manual: layers, modules)"
-Structure = Annotated[str | None, typer.Option(help=f"How flap allots widths to blocks and modules: {_ALLOTTED}.")]
+_ALLOTTED = (
+    f"{', '.join(variants.STRUCTURES['flap'])} (flap: adaptive, manual or uniform layers, modules), "
+    f"{', '.join(variants.STRUCTURES['llm-pruner'])} (llm-pruner)"
+)
+Structure = Annotated[str | None, typer.Option(help=f"How widths are allotted to blocks and modules: {_ALLOTTED}.")]
+VariantSteps = Annotated[
+    int | None, typer.Option("--steps", metavar="N", help="Prune in N steps, each scored anew (llm-pruner).")
+]
 RemoveHeads = Annotated[
     int | None, typer.Option(metavar="N", help="KV heads to remove over all blocks (structures AL-MM and UL-MM).")
 ]

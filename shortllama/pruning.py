@@ -196,13 +196,13 @@ def score(
     """Return the scores of a named model by a criterion; loads it, and its calibration where that is needed.
 
     `unit` "module" scores attention and FFNs apart. `steps`: score what is left again after each removal. `towards`:
-    the shape it will be pruned to, for criteria that depend on it. `variant`: what flap measures. Raises InputError for
-    a shape without weights where the criterion reads them.
+    the shape it will be pruned to, for criteria that depend on it. `variant`: what a width method measures. Raises
+    InputError for a shape without weights where the criterion reads them.
     """
     chosen = criteria.lookup(criterion)
     criteria.check(chosen, unit, scoring.reductions, iterative=steps is not None)
     (variant or Variant()).check_measured(criterion)
-    needs = chosen.NEEDS
+    needs = criteria.needs(chosen, variant)
     if needs != "nothing" and source.folder is None:
         raise InputError(
             f"{source.name} is a shape without weights, and criterion {criterion} reads them; "

@@ -154,9 +154,11 @@ def _check_scores(request: Request, scores: Scores) -> None:
     lacking = sorted({"attention_deviation", "means"} - recorded) if method.compensation else []
     if lacking:
         raise InputError(f"scores lack details.{lacking[0]}, which method {method.name} needs; score again")
-    metric = request.variant.metric
-    if metric is not None and scores.details and scores.details.get("metric") != metric:
-        raise InputError(f"these scores are of --metric {scores.details.get('metric')}, not {metric}; score again")
+    for name, asked in request.variant.asked().items():
+        found = (scores.details or {}).get(name, asked)
+        if found != asked:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"these scores are of {option} {found}, not {asked}; score again, or leave {option} out")
     if method.choice == "run" and not _has_runs(scores, len(shape.blocks)):
         raise InputError(f"scores lack 'runs' of every length, which method {method.name} needs; score again")
     check_finite(scores)

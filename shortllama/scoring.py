@@ -47,17 +47,17 @@ def score(
     `calibration` is needed by all but mag, mag-sp, random and last, which ignore it. `unit`: "module" scores attention
     and FFNs apart, None is the criterion's own. `towards`: the shape that the model will be pruned to; wanda-sp feeds
     the outputs of blocks pruned to it on, and dense outputs without it. `reductions`: how mag and taylor aggregate
-    weights, by default the published sums. `variant`: what flap measures. `seed` is for random scores and bootstrap
-    intervals. `progress(done, total)` is called as the work goes on. Equal arguments give equal scores on one machine;
-    weights, flags and mode of `model` are left as they were.
+    weights, by default the published sums. `variant`: what flap or llm-pruner measures. `seed` is for random scores and
+    bootstrap intervals. `progress(done, total)` is called as the work goes on. Equal arguments give equal scores on one
+    machine; weights, flags and mode of `model` are left as they were.
 
     Raises InputError for an unknown criterion, missing calibration, ids outside the vocabulary, a model without
     weights, and scores that are not finite or all equal; UnsupportedError for an unknown family.
     """
-    chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress, iterative=False)
-    how = variant or Variant()
-    how.check_measured(chosen.NAME)
-    task = dataclasses.replace(task, towards=towards, variant=how)
+    chosen, task = _prepare(
+        model, criterion, calibration, unit, seed, reductions, progress, iterative=False, variant=variant
+    )
+    task = dataclasses.replace(task, towards=towards)
     cost = start_cost(model, _tokens(task))
     with stack.quiet(model):
         found = chosen.score(task)
@@ -122,15 +122,19 @@ def _prepare(
     progress: Progress | None,
     *,
     iterative: bool,
+    variant: Variant | None = None,
 ) -> tuple[criteria.Criterion, criteria.Task]:
     """Check everything that can be checked before any work."""
     chosen = criteria.lookup(criterion)
     how = reductions or criteria.Reductions()
     criteria.check(chosen, unit, how, iterative=iterative)
+    chosen_variant = variant or Variant()
+    chosen_variant.check_measured(chosen.NAME)
     adapter = families.adapter(model)
     shape = surgery.shape_of(model)
-    used = _checked(chosen, calibration, shape, model)
+    used = _checked(chosen, criteria.needs(chosen, variant), calibration, shape, model)
     task = criteria.Task(adapter, shape, used, seed, None, progress or _silent, how, unit or chosen.UNITS[0])
+    task = dataclasses.replace(task, variant=chosen_variant)
     return chosen, task
 
 
@@ -212,12 +216,12 @@ def _silent(done: int, total: int) -> None:
 
 
 def _checked(
-    chosen: criteria.Criterion, calibration: Calibration | None, shape: ModelShape, model: Any
+    chosen: criteria.Criterion, needs: str, calibration: Calibration | None, shape: ModelShape, model: Any
 ) -> Calibration | None:
     """Return the calibration if the criterion reads it, None otherwise, after checking what it needs."""
-    if chosen.NEEDS != "nothing" and any(parameter.is_meta for parameter in model.parameters()):
+    if needs != "nothing" and any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"criterion {chosen.NAME} reads weights, and this model is a shape without any; load weights")
-    if chosen.NEEDS != "calibration":
+    if needs != "calibration":
         return None
     if calibration is None:
         raise InputError(f"criterion {chosen.NAME} needs calibration; give a text file, ids:FILE.jsonl or 'self'")

@@ -13,15 +13,23 @@ import msgspec
 from shortllama.errors import InputError
 
 FLAP = ("flap", "flap-exact")
+LLM_PRUNER = ("llm-pruner",)
 
 METRICS = ("WIFV", "WIFN", "IFV")
-# U is uniform, A adaptive, M manual: across layers (L), then modules (M), as FLAP writes them.
-STRUCTURES: dict[str, tuple[str, ...]] = {name: ("AL-AM", "AL-MM", "UL-MM", "UL-UM") for name in FLAP}
+ESTIMATORS = ("param_first", "param_second", "param_mix", "vectorize", "l1", "l2")
+MAGNITUDES = ("l1", "l2")
+GROUP_REDUCTIONS = ("sum", "mean", "max", "prod", "first")
+# The default first. For FLAP, U is uniform, A adaptive, M manual: across layers (L), then modules (M).
+STRUCTURES: dict[str, tuple[str, ...]] = {
+    **{name: ("AL-AM", "AL-MM", "UL-MM", "UL-UM") for name in FLAP},
+    **{name: ("local", "global") for name in LLM_PRUNER},
+}
 MANUAL = ("AL-MM", "UL-MM")
 
 _OUT_OF_SCOPE = {
     "unstructured": "single weights are not removed here: masks leave shapes, speed and memory as they are",
-    "channel-wise": "the hidden size stays: the residual stream is one for all blocks; prune depth for more",
+    "channel-wise": "the hidden size stays, as one residual stream runs through all blocks; prune width inside blocks "
+    "(local, global), or depth",
 }
 
 
@@ -29,16 +37,28 @@ class Variant(msgspec.Struct, frozen=True):
     """What was asked of a width method beyond its target; None is its default.
 
     `metric`: what flap measures. `structure`: how widths are allotted to blocks and modules. `remove_heads`: KV heads
-    (each with its query heads) that structures with manual modules remove, over all blocks.
+    (each with its query heads) that structures with manual modules remove, over all blocks. `estimator`,
+    `group_reduction`: the salience of llm-pruner's weights, and how those of coupled weights become one; `steps`: in
+    how many parts, scored anew each time, it goes to its target.
     """
 
     metric: str | None = None
     structure: str | None = None
     remove_heads: int | None = None
+    estimator: str | None = None
+    group_reduction: str | None = None
+    steps: int | None = None
 
     def check_measured(self, criterion: str) -> None:
         """Raise InputError for what `criterion` does not measure."""
+        ours = criterion in LLM_PRUNER
         _one_of("--metric", self.metric, METRICS if criterion in FLAP else (), criterion)
+        _one_of("--estimator", self.estimator, ESTIMATORS if ours else (), criterion)
+        _one_of("--group-reduction", self.group_reduction, GROUP_REDUCTIONS if ours else (), criterion)
+        if self.steps is not None and not ours:
+            raise InputError(f"--steps {self.steps} is not for {criterion}; leave it out")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps {self.steps}: give how many steps to prune in, 1 or more")
 
     def check(self, method: str, criterion: str) -> None:
         """Raise InputError for what the method does not have, or a manual structure without its number of heads."""
@@ -56,11 +76,30 @@ class Variant(msgspec.Struct, frozen=True):
             )
         if heads is not None and heads < 0:
             raise InputError(f"--remove-heads {heads}: give how many KV heads to remove over all blocks, 0 or more")
+        if structure == "global" and steps_of(self) > 1:
+            raise InputError(
+                f"--steps {self.steps} is for --structure local: what each step removes globally, only scores tell"
+            )
 
     def said(self) -> list[str]:
         """Return what a plan's method says of this variant; nothing for defaults."""
         heads = [] if self.remove_heads is None else [f"{self.remove_heads} heads"]
-        return [text for text in (self.metric, self.structure) if text] + heads
+        steps = [f"{self.steps} steps"] if steps_of(self) > 1 else []
+        return [t for t in (self.metric, self.estimator, self.group_reduction, self.structure) if t] + heads + steps
+
+    def record(self, criterion: str) -> dict[str, str | int]:
+        """Return what scores by `criterion` say of how they were measured."""
+        if criterion in FLAP:
+            return {"metric": metric_of(self)}
+        if criterion in LLM_PRUNER:
+            reduction = group_reduction_of(self)
+            return {"estimator": estimator_of(self), "group_reduction": reduction, "steps": steps_of(self)}
+        return {}
+
+    def asked(self) -> dict[str, str | int]:
+        """Return the part of `record` that was asked for."""
+        fields = ("metric", "estimator", "group_reduction", "steps")
+        return {name: value for name in fields if (value := getattr(self, name)) is not None}
 
 
 def structure_of(method: str, variant: Variant) -> str | None:
@@ -73,11 +112,27 @@ def metric_of(variant: Variant) -> str:
     return variant.metric or METRICS[0]
 
 
+def estimator_of(variant: Variant) -> str:
+    """Return what llm-pruner measures of a weight."""
+    return variant.estimator or ESTIMATORS[0]
+
+
+def group_reduction_of(variant: Variant) -> str:
+    """Return how llm-pruner joins the values of coupled weights."""
+    return variant.group_reduction or GROUP_REDUCTIONS[0]
+
+
+def steps_of(variant: Variant) -> int:
+    """Return in how many steps llm-pruner goes to its target."""
+    return variant.steps or 1
+
+
 def _one_of(option: str, value: str | None, known: tuple[str, ...], owner: str) -> None:
     if value is None or value in known:
         return
     if not known:
         raise InputError(f"{option} {value} is not for {owner}; leave it out")
-    near = difflib.get_close_matches(value.upper(), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+    spelled = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(value.lower(), spelled, n=1)
+    hint = f"did you mean {spelled[near[0]]}?" if near else f"choose one of {', '.join(known)}"
     raise InputError(f"{option} {value!r} is unknown to {owner}; {hint}")

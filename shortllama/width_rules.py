@@ -36,8 +36,9 @@ def rule(request: Request) -> Rule:
     structure = variants.structure_of(request.method.name, request.variant)
     if structure in ADAPTIVE and request.scores is None:
         raise InputError(
-            f"{request.method.name} gives each block widths of its own, which only scores tell; prune real weights and "
-            "name the folder, name a shape such as flap:26.9±7.5x8577±2078, or take --structure UL-UM"
+            f"{request.method.name} {structure} gives each block widths of its own, which only scores tell; prune real "
+            "weights and name the folder, name a shape such as flap:26.9±7.5x8577±2078, or take --structure "
+            f"{'local' if structure == 'global' else 'UL-UM'}"
         )
     return STRUCTURES[structure](request)
 
@@ -78,6 +79,24 @@ def _uniform(request: Request) -> Rule:
             index: Widths(b.kv_heads - removes(b.kv_heads, ratio), b.neurons - removes(b.neurons, ratio))
             for index, b in _free(request)
         }
+        return _filled(request, kept)
+
+    return widths
+
+
+def _local(request: Request) -> Rule:
+    """LLM-Pruner's count in each block: C - int(C (1 - r)) channels of K and of the FFN, heads by whole d channels.
+
+    The code skips a module that would lose everything; here its best unit stays.
+    """
+    head_dim = request.shape.head_dim
+
+    def left(units: int, size: int, ratio: float) -> int:
+        gone = _pruned(units * size, ratio) // size
+        return units - min(gone, max(units - 1, 0))
+
+    def widths(ratio: float) -> list[Widths]:
+        kept = {i: Widths(left(b.kv_heads, head_dim, ratio), left(b.neurons, 1, ratio)) for i, b in _free(request)}
         return _filled(request, kept)
 
     return widths
@@ -196,6 +215,32 @@ def _manual_adaptive(request: Request) -> Rule:
     return widths
 
 
+def _global(request: Request) -> Rule:
+    """LLM-Pruner's global mode: of N heads and neurons together, the N - int(N (1 - r)) lowest go, at one threshold.
+
+    Scores are compared as they are; a head's is a sum over d channels of four weights, so neurons go first. A module's
+    best unit stays, as in `_local`.
+    """
+    free, scores = _free(request), _scores(request)
+    lists: list[Sequence[float]] = []
+    for index, _ in free:
+        lists += [one[index] for one in (scores.kv_groups, scores.neurons) if one]
+    order = _Order(lists, [1] * len(lists))
+    units = len(order.negated)
+
+    def widths(ratio: float) -> list[Widths]:
+        left = order.without(_pruned(units, ratio))
+        counts = [max(count, min(1, len(one))) for count, one in zip(left, lists, strict=True)]
+        pairs = zip(counts[::2], counts[1::2], strict=True)
+        return _filled(request, {index: Widths(*pair) for (index, _), pair in zip(free, pairs, strict=True)})
+
+    return widths
+
+
+def _pruned(count: int, ratio: float) -> int:
+    return count - int(count * (1 - ratio))
+
+
 def _attention(request: Request, index: int) -> list[float]:
     """The mean standardised score of each KV group's channels (FLAP sec. 3.3), from the group's sum.
 
@@ -236,5 +281,7 @@ STRUCTURES: dict[str | None, Callable[[Request], Rule]] = {
     "UL-MM": _manual_uniform,
     "AL-MM": _manual_adaptive,
     "AL-AM": _adaptive,
+    "local": _local,
+    "global": _global,
 }
-ADAPTIVE = ("AL-AM", "AL-MM")
+ADAPTIVE = ("AL-AM", "AL-MM", "global")

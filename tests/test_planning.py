@@ -145,6 +145,7 @@ def test_the_plus_methods_protect_four_and_two() -> None:
     assert {name: row.protect for name, row in METHODS.items() if row.protect != (0, 0)} == {
         "mag+": (4, 2),
         "taylor+": (4, 2),
+        "llm-pruner": (4, 2),
     }
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from shortllama import methods, removals
 from shortllama.errors import InputError
 from shortllama.removals import Part, Piece
-from shortllama.variants import Variant
+from shortllama.variants import LLM_PRUNER, MAGNITUDES, Variant, estimator_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ CRITERIA: dict[str, str] = {
     "last": "shortllama.criteria.last",
     "wanda-sp": "shortllama.criteria.wanda_sp",
     "mag-sp": "shortllama.criteria.mag_sp",
+    "llm-pruner": "shortllama.criteria.llm_pruner",
     "flap": "shortllama.criteria.flap",
     "flap-exact": "shortllama.criteria.flap_exact",
 }
@@ -110,7 +111,7 @@ class Task:
     unit: Unit = "block"
     members: tuple[int, ...] | None = None
     kept: dict[int, Tensor] | None = None
-    variant: Variant = Variant()
+    variant: Variant = field(default_factory=Variant)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -178,6 +179,12 @@ def lookup(name: str) -> Criterion:
     return cast("Criterion", importlib.import_module(CRITERIA[name]))
 
 
+def needs(chosen: Criterion, variant: Variant | None) -> Literal["nothing", "weights", "calibration"]:
+    """Return what a criterion reads in this variant."""
+    magnitude = chosen.NAME in LLM_PRUNER and estimator_of(variant or Variant()) in MAGNITUDES
+    return "weights" if magnitude else chosen.NEEDS
+
+
 def check(chosen: Criterion, unit: Unit | None, reductions: Reductions, *, iterative: bool) -> None:
     """Raise InputError for what a criterion cannot be asked: another unit, reductions of no weights, iteration."""
     if unit is not None and unit not in chosen.UNITS:
@@ -194,14 +201,15 @@ def check(chosen: Criterion, unit: Unit | None, reductions: Reductions, *, itera
 def remark(scores: Scores, after: ModelShape) -> str | None:
     """Return a sentence where `scores` depend on the pruned shape and were made for another one, else None.
 
-    Wanda-sp feeds the outputs of pruned blocks on, so its scores belong to the widths they were computed towards.
+    Wanda-sp feeds the outputs of pruned blocks on, and llm-pruner in steps scores what the steps before left: their
+    scores belong to the widths they were computed towards.
     """
     details = scores.details or {}
     if "towards" not in details or details["towards"] == widths(after):
         return None
     made_for = "dense outputs" if details["towards"] is None else "other widths"
     return (
-        f"{scores.criterion} scores of a block depend on how the blocks before it are pruned, and these were computed "
+        f"{scores.criterion} scores depend here on what else is pruned, and these were computed "
         f"with {made_for}; score for this target (leave out --scores) to have them exact"
     )
 

@@ -102,7 +102,7 @@ def measure(task: Task, statistic: Callable[[int, torch.device], Statistic]) -> 
         deviations.append(attention.std().item() if len(attention) > 1 else 0.0)
         neurons.append(floats(columns["down"]) if "down" in columns else ())
     means = {name: [one[name].mean_C.tolist() if name in one else [] for one in seen] for name in OUTPUTS}
-    details = {"metric": metric, "attention_deviation": deviations, "means": means}
+    details = {**task.variant.record(NAME), "attention_deviation": deviations, "means": means}
     return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), details=details)
 
 

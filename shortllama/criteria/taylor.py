@@ -23,6 +23,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from shortllama.criteria import Measured, Task
 from shortllama.criteria.weights import aggregate, by_piece, rows, scored_weights
@@ -54,7 +55,7 @@ def per_tensor(product: Tensor) -> Tensor:
 def estimate(task: Task, estimator: Estimator, *, each_sequence: bool) -> Measured:
     """Return the aggregated `estimator` of w * g of each block or module; `each_sequence` sums it over samples."""
     found: dict[Piece, dict[str, Tensor]] = {piece: {} for piece in task.pieces}
-    for piece, weights in _walk(task, each_sequence):
+    for piece, weights in walk(task, each_sequence):
         values = found[piece]
         for name, weight in weights.items():
             assert weight.grad is not None, "every scored weight takes part in the forward pass"
@@ -69,10 +70,13 @@ def estimate(task: Task, estimator: Estimator, *, each_sequence: bool) -> Measur
     return task.measured(scores, task.reductions.record())
 
 
-def _walk(task: Task, each_sequence: bool) -> Iterator[tuple[Piece, dict[str, nn.Parameter]]]:
+def walk(
+    task: Task, each_sequence: bool, take: Callable[[Tensor], None] | None = None
+) -> Iterator[tuple[Piece, dict[str, nn.Parameter]]]:
     """Yield each piece's weights with their gradients: once for all samples, or once for each; last block first.
 
-    Gradients are those of the summed NLL. They are freed when the walk goes on.
+    Gradients are those of the summed NLL. They are freed when the walk goes on; `take(parameter)` may use one and free
+    it as soon as it is there.
     """
     stack, blocks = task.stack, len(task.stack)
     for block in stack.blocks:
@@ -86,7 +90,7 @@ def _walk(task: Task, each_sequence: bool) -> Iterator[tuple[Piece, dict[str, nn
         task.progress(len(inputs) * blocks, total)
     gradients = [_tail_gradient(stack, ids, states.pop()) for ids, states in zip(batches, inputs, strict=True)]
     for index in reversed(range(blocks)):
-        with _differentiable(stack.blocks[index]) as block:
+        with _differentiable(stack.blocks[index], take) as block:
             for number, ids_BT in enumerate(batches):
                 gradients[number] = _step_back(stack, index, ids_BT, inputs[number].pop(), gradients[number])
                 task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
@@ -118,16 +122,21 @@ def _step_back(stack: Stack, index: int, ids_BT: Tensor, hidden_BTD: Tensor, gra
 
 
 @contextmanager
-def _differentiable(block: nn.Module) -> Generator[nn.Module]:
+def _differentiable(block: nn.Module, take: Callable[[Tensor], None] | None) -> Generator[nn.Module]:
     """Let the block's parameters collect gradients, in float32 where they are narrower; restore them afterwards."""
+    handles: list[RemovableHandle] = []
     kept = {parameter: (parameter.data, parameter.grad) for parameter in block.parameters()}
     try:
         for parameter, (data, _) in kept.items():
             parameter.grad = None
             parameter.data = data.to(torch.promote_types(data.dtype, torch.float32))
             parameter.requires_grad_(True)
+            if take is not None:
+                handles.append(parameter.register_post_accumulate_grad_hook(take))
         yield block
     finally:
+        for handle in handles:
+            handle.remove()
         for parameter, (data, gradient) in kept.items():
             parameter.requires_grad_(False)
             parameter.grad = None  # before the data: a gradient must have its parameter's dtype

@@ -54,7 +54,7 @@ def score(task: Task) -> Measured:
             hidden = list(dense)
             continue
         del dense
-        with _masked(projections, kept):
+        with masked(projections, kept):
             hidden = [task.stack.advance(ids, state, at=index) for ids, state in zip(batches, hidden, strict=True)]
     towards = None if task.towards is None else widths(task.towards)
     return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), details={"towards": towards})
@@ -104,7 +104,7 @@ def _kept(task: Task, index: int, groups: tuple[float, ...], neurons: tuple[floa
 
 
 @contextmanager
-def _masked(projections: dict[str, nn.Linear], masks: dict[str, Tensor]) -> Generator[None]:
+def masked(projections: dict[str, nn.Linear], masks: dict[str, Tensor]) -> Generator[None]:
     """Zero the cut inputs: the block's output is then exactly that of the sliced block."""
 
     def hook(mask: Tensor) -> Any:

@@ -1,0 +1,266 @@
+"""LLM-Pruner: first- and second-order importance of coupled channels (arXiv 2305.11627, sec. 3.2), block-wise mode.
+
+A channel of a module is coupled through several weights: row c of q, k and v with column c of o, row c of gate and up
+with column c of down. With g the gradient of the mean loss and a the mean over samples of squared gradients of the
+sample's mean loss (the diagonal of the Fisher matrix), a weight's salience is, by `estimator`,
+
+    param_first     w * g                        param_mix    w * g - w^2 * a / 2
+    param_second    w^2 * a                      vectorize    w * g
+
+Over a row or column, param_* sum the magnitudes and vectorize takes the magnitude of the sum; l1 and l2 sum |w| and w^2
+and need no data. The weights' values of one channel become one by `group_reduction`, and a KV group has the sum of its
+d channels. q and o have H * d channels: head j reads KV head j // (H/K), so they are folded as (K, H/K, d) first.
+(LLM-Pruner's code for Llama 3 credits head j to KV head j mod K, which chooses other heads.) The first weight of a
+group is q, as in its traversal, and k where heads are grouped, its root there.
+
+Gradients are made block by block as in `taylor`: one block's exist at a time. Squares take each weight's gradient as
+soon as it is there, so that second order holds one block of squares (param_mix also one of sums) and one weight's
+gradient. With `steps`, the pruning `towards` a shape goes in that many equal parts, each scored with the model as the
+parts before left it; all see the same calibration, where the published code draws anew. Scores are then ranks in each
+block, 0 for the first to go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shortllama import variants
+from shortllama.criteria import Measured, Task, taylor, widths
+from shortllama.criteria.wanda_sp import OUTPUTS, masked
+from shortllama.criteria.weights import floats, scored_weights
+from shortllama.errors import InputError
+from shortllama.shape import BlockShape
+
+NAME = "llm-pruner"
+UNITS = ("width",)
+NEEDS = "calibration"
+
+# The coupled weights of each module in the order of LLM-Pruner's traversal.
+_ATTENTION = ("q", "o", "v", "k")
+_GROUPED = ("k", "q", "o", "v")
+_MLP = ("gate", "up", "down")
+
+# One list of scores for each block.
+_Lists = list[tuple[float, ...]]
+
+
+def score(task: Task) -> Measured:
+    """Return scores of each block's KV groups and neurons, on one scale only for the structure `global`; higher = keep.
+
+    Raises InputError for steps without a shape to go towards.
+    """
+    steps = variants.steps_of(task.variant)
+    details: dict[str, Any] = {**task.variant.record(NAME)}
+    if steps == 1:
+        groups, neurons = _measure(task)
+    else:
+        groups, neurons = _step_by_step(task, steps)
+        assert task.towards is not None, "checked"
+        details["towards"] = widths(task.towards)
+    return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), details=details)
+
+
+def _measure(task: Task) -> tuple[_Lists, _Lists]:
+    """Score the model as it is now."""
+    blocks = len(task.stack)
+    groups: _Lists = [()] * blocks
+    neurons: _Lists = [()] * blocks
+    for index, saliences in _saliences(task):
+        size = task.shape.blocks[index]
+        values = _channels(task, index, saliences)
+        if size.kv_heads:
+            groups[index] = floats(_of_groups(task, size, values))
+        if size.neurons:
+            neurons[index] = floats(_reduce(task, torch.stack([values[name] for name in _MLP])))
+    return groups, neurons
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _saliences(task: Task) -> Iterator[tuple[int, Callable[[nn.Parameter], Tensor]]]:
+    """Yield each block's number and what tells the salience of one of its weights, which holds until the next block."""
+    estimator = variants.estimator_of(task.variant)
+    if estimator in variants.MAGNITUDES:
+        for index in range(len(task.stack)):
+            yield index, _magnitude if estimator == "l1" else lambda weight: _magnitude(weight).square_()
+            task.progress(index + 1, len(task.stack))
+    elif estimator in ("param_second", "param_mix"):
+        yield from _second_order(task, estimator == "param_mix")
+    else:
+        tokens = sum(ids_BT.shape[0] * (ids_BT.shape[1] - 1) for ids_BT in task.batches())
+        for block, _ in groupby(taylor.walk(task, each_sequence=False), key=lambda found: found[0].block):
+            yield block, lambda weight: weight.detach() * _gradient(weight) / tokens
+
+
+def _magnitude(weight: nn.Parameter) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).abs()
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None, "every scored weight takes part in the forward pass"
+    return weight.grad
+
+
+def _second_order(task: Task, mix: bool) -> Iterator[tuple[int, Callable[[nn.Parameter], Tensor]]]:
+    """The saliences of param_second, or of param_mix: moments are summed sequence by sequence, one block at a time."""
+    lengths = [ids_BT.shape[1] - 1 for ids_BT in task.batches() for _ in ids_BT]
+    moments: dict[nn.Parameter, _Moments] = {}
+
+    def take(weight: Tensor) -> None:
+        assert isinstance(weight, nn.Parameter)
+        found = moments.setdefault(weight, _Moments(weight, mix))
+        found.add(_gradient(weight), lengths[found.sequences])
+        weight.grad = None
+
+    def salience(weight: nn.Parameter) -> Tensor:
+        found, w = moments[weight], weight.detach()
+        second = w.square() * found.squares / len(lengths)
+        return second if found.sums is None else w * found.sums / sum(lengths) - second / 2
+
+    done: set[int] = set()
+    for piece, weights in taylor.walk(task, each_sequence=True, take=take):
+        # Both modules of a block have their gradients when the first of them comes.
+        complete = piece.block not in done and all(moments[w].sequences == len(lengths) for w in weights.values())
+        if complete:
+            done.add(piece.block)
+            yield piece.block, salience
+            moments.clear()
+
+
+class _Moments:
+    """Sums over sequences of one weight's gradients: squared ones of mean losses, and (of summed losses) themselves."""
+
+    def __init__(self, weight: Tensor, mix: bool) -> None:
+        self.squares = torch.zeros_like(weight, requires_grad=False)
+        self.sums = torch.zeros_like(weight, requires_grad=False) if mix else None
+        self.sequences = 0
+
+    def add(self, gradient: Tensor, tokens: int) -> None:
+        """Take the gradient of one sequence's summed loss, which is overwritten."""
+        if self.sums is not None:
+            self.sums += gradient
+        self.squares += gradient.div_(tokens).square_()
+        self.sequences += 1
+
+
+# -- channels ---------------------------------------------------------------------------------------------------------
+
+
+def _channels(task: Task, index: int, salience: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    """Return the value of every channel of each projection, by its short name, in float64."""
+    family, estimator = task.adapter.family, variants.estimator_of(task.variant)
+    found: dict[str, Tensor] = {}
+    weights = scored_weights(task.adapter, task.stack.blocks[index])
+    for short, path in family.projections.items():
+        weight = weights.get(f"{path}.weight")
+        if weight is None:
+            continue
+        with torch.no_grad():
+            wide = salience(weight)
+            axis = 0 if short in OUTPUTS else 1
+            if estimator == "vectorize":
+                found[short] = wide.sum(dim=axis, dtype=torch.float64).abs()
+            else:
+                found[short] = wide.abs_().sum(dim=axis, dtype=torch.float64)
+    return _split(task, task.shape.blocks[index], found)
+
+
+def _split(task: Task, size: BlockShape, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the channels of q, k, v and of gate, up apart where a family has them in one matrix."""
+    heads = {"q": size.query_heads, "k": size.kv_heads, "v": size.kv_heads}
+    apart = dict(found)
+    if "qkv" in found:
+        parts = apart.pop("qkv").split([count * task.shape.head_dim for count in heads.values()])
+        apart |= dict(zip(heads, parts, strict=True))
+    if "gate_up" in found:
+        apart |= dict(zip(("gate", "up"), apart.pop("gate_up").chunk(2), strict=True))
+    return apart
+
+
+def _of_groups(task: Task, size: BlockShape, values: dict[str, Tensor]) -> Tensor:
+    """Return (K,) scores of KV groups."""
+    order = _ATTENTION if size.query_heads == size.kv_heads else _GROUPED
+    folded = [fold(values[name], size.kv_heads, task.shape.head_dim) for name in order]
+    return _reduce(task, torch.stack(folded)).view(size.kv_heads, -1).sum(dim=1)
+
+
+def fold(values: Tensor, groups: int, head_dim: int) -> Tensor:
+    """Return (K * d,) channels from (H * d,) in query-head order, (K, H/K, d); those of KV heads as they are."""
+    return values.view(groups, -1, head_dim).sum(dim=1).flatten()
+
+
+def _reduce(task: Task, values: Tensor) -> Tensor:
+    """Return one value a channel (C,) from one a coupled weight (W, C)."""
+    how = variants.group_reduction_of(task.variant)
+    if how == "first":
+        return values[0]
+    return values.amax(dim=0) if how == "max" else getattr(values, how)(dim=0)
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+class _Order:
+    """The units of one module in the order in which they go."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.gone: list[int] = []
+
+    def remove(self, scores: tuple[float, ...], count: int) -> None:
+        """Let the lowest of what is left go, until `count` are gone."""
+        left = sorted(set(range(self.size)) - set(self.gone), key=scores.__getitem__)
+        self.gone += left[: max(0, count - len(self.gone))]
+
+    def ranks(self) -> tuple[float, ...]:
+        """Return when each unit went, 0 first; all must be gone."""
+        when = {unit: float(rank) for rank, unit in enumerate(self.gone)}
+        return tuple(when[unit] for unit in range(self.size))
+
+    def mask(self, repeats: int) -> Tensor:
+        """Return 1 for each channel of a unit that is left, `repeats` a unit."""
+        kept = torch.ones(self.size)
+        kept[self.gone] = 0
+        return kept.repeat_interleave(repeats)
+
+
+def _step_by_step(task: Task, steps: int) -> tuple[_Lists, _Lists]:
+    """Return ranks: score, cut one part of the way to `towards`, score what is left, and so on; then rank the rest."""
+    if task.towards is None:
+        raise InputError("--steps goes towards a target; give it to plan or prune, not to score")
+    orders = [(_Order(size.kv_heads), _Order(size.neurons)) for size in task.shape.blocks]
+    for step in range(1, steps + 1):
+        with _cut(task, orders):
+            measured = _measure(dataclasses.replace(task, progress=_part(task.progress, step - 1, steps)))
+        for index, (size, after) in enumerate(zip(task.shape.blocks, task.towards.blocks, strict=True)):
+            counts = ((size.kv_heads, after.kv_heads), (size.neurons, after.neurons))
+            for order, lists, (whole, left) in zip(orders[index], measured, counts, strict=True):
+                order.remove(lists[index], whole if step == steps else (whole - left) * step // steps)
+    return [groups.ranks() for groups, _ in orders], [neurons.ranks() for _, neurons in orders]
+
+
+def _part(progress: Callable[[int, int], None], step: int, steps: int) -> Callable[[int, int], None]:
+    return lambda done, total: progress(step * total + done, steps * total)
+
+
+@contextmanager
+def _cut(task: Task, orders: list[tuple[_Order, _Order]]) -> Generator[None]:
+    """Zero what the units that are gone put out: the rest then has the gradients of the sliced model."""
+    with ExitStack() as restore:
+        for block, size, (groups, neurons) in zip(task.stack.blocks, task.shape.blocks, orders, strict=True):
+            outputs = {name: one for name, one in task.adapter.projections(block).items() if name in OUTPUTS}
+            masks: dict[str, Tensor] = {}
+            if size.kv_heads:
+                masks["o"] = groups.mask(size.query_heads // size.kv_heads * task.shape.head_dim)
+            if size.neurons:
+                masks["down"] = neurons.mask(1)
+            restore.enter_context(masked(outputs, masks))
+        yield
