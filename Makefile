@@ -6,9 +6,13 @@ ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest supported transformers cannot share an environment with the newest: they need different hub clients.
+OLDEST := $(ROOT)/.venv-oldest
+OLDEST_TESTS := test_shape test_configs test_surgery test_families test_checkpoint test_verification test_runtimes \
+	test_criteria test_perplexity
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup report test lint bench clean
+.PHONY: setup report test test-oldest lint bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +28,15 @@ report: setup
 test: setup
 	cd $(ROOT) && $(BIN)/python -m pytest
 
+test-oldest: $(OLDEST)/.installed
+	cd $(ROOT) && $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/%.py)
+
+$(OLDEST)/.installed: $(ROOT)/pyproject.toml $(ROOT)/constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	cd $(ROOT) && $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-oldest.txt -e . pytest pytest-timeout hypothesis gguf
+	touch $@
+
 lint: setup
 	cd $(ROOT) && $(BIN)/ruff check .
 	cd $(ROOT) && $(BIN)/ruff format --check .
@@ -34,4 +47,4 @@ bench: setup
 	cd $(ROOT) && $(BIN)/python -m pytest --benchmark-only tests/perf
 
 clean:
-	rm -rf $(VENV) $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info
+	rm -rf $(VENV) $(OLDEST) $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info
