@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from shortllama import methods, selection
-from shortllama.errors import InputError, PlanError
+from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.methods import Method
 from shortllama.plan import Target
 from shortllama.removals import Unit
@@ -103,6 +103,7 @@ def check(request: Request) -> None:
             f"--protect {first},{last} leaves none of the {blocks} blocks to {request.method.name}; lower it"
         )
     request.variant.check(request.method.name, request.method.criterion)
+    check_unit(request.shape, request.scored_unit)
     kind, value = request.target.kind, request.target.value
     blockwise = request.method.unit == "block" and request.depth_unit == "block"
     known = ("ratio", "blocks", "target-params") if blockwise else ("ratio", "target-params")
@@ -123,6 +124,15 @@ def check(request: Request) -> None:
         raise InputError(f"--blocks {value:g}: give how many blocks to remove, 1 or more")
     if request.scores is not None:
         _check_scores(request, request.scores)
+
+
+def check_unit(shape: ModelShape, unit: str) -> None:
+    """Raise UnsupportedError for widths of a model whose blocks can only be removed whole."""
+    if unit == "width" and shape.mixer:
+        raise UnsupportedError(
+            f"blocks of a {shape.family} model can only be removed whole, without heads or neurons to choose among; "
+            "use a method for blocks such as ppl or bi"
+        )
 
 
 def _check_scores(request: Request, scores: Scores) -> None:

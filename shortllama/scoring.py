@@ -20,6 +20,7 @@ from shortllama.calibration import Calibration
 from shortllama.errors import InputError
 from shortllama.plan import shape_after
 from shortllama.removals import Goal, Piece
+from shortllama.request import check_unit
 from shortllama.scores import Cost, Scores, check_finite
 from shortllama.shape import ModelShape
 from shortllama.variants import Variant
@@ -132,6 +133,7 @@ def _prepare(
     chosen_variant.check_measured(chosen.NAME)
     adapter = families.adapter(model)
     shape = surgery.shape_of(model)
+    check_unit(shape, unit or chosen.UNITS[0])
     used = _checked(chosen, criteria.needs(chosen, variant), calibration, shape, model)
     task = criteria.Task(adapter, shape, used, seed, None, progress or _silent, how, unit or chosen.UNITS[0])
     task = dataclasses.replace(task, variant=chosen_variant)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shortllama import catalogue
-from shortllama.errors import InputError, PlanError
+from shortllama import calibration, catalogue, scoring
+from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.methods import METHODS
 from shortllama.plan import BlockKeep, Plan, Target, kept_groups, kept_neurons, shape_of
 from shortllama.planning import make_plan_for
@@ -300,3 +301,22 @@ def test_adaptive_widths_need_scores_and_uniform_ones_do_not() -> None:
     assert made.compensation is None
     assert made.method == "flap (UL-UM)"
     assert shape_of(made, llama_7b) == catalogue.lookup("llama-7b/wanda-sp-20")
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.unit == "width"])
+def test_blocks_that_only_go_whole_have_no_widths(method: str) -> None:
+    mamba = msgspec.structs.replace(mha(), family="mamba", mixer=(("mixer.D", (32,)),))
+    with pytest.raises(UnsupportedError, match="blocks of a mamba model can only be removed whole"):
+        plan(method, mamba, None, 0.3, protect=(0, 0))
+
+
+@pytest.mark.parametrize("criterion", [row.criterion for row in METHODS.values() if row.unit == "width"])
+def test_widths_of_a_state_space_model_are_not_scored(criterion: str) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=41, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=0, bos_token_id=0, pad_token_id=0
+    )
+    used = calibration.describe([[1, 2, 3], [4, 5, 6]], "made", seed=None, bos=None)
+    with pytest.raises(UnsupportedError, match="use a method for blocks such as ppl or bi"):
+        scoring.score(MambaForCausalLM(config).eval(), criterion, used)
