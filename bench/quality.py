@@ -21,7 +21,7 @@ from bench.subjects import Subject
 from shortllama import pruning, sources
 from shortllama.errors import InputError, ShortllamaError
 from shortllama.evaluation.results import Evaluation, Quality, read_evaluation, write_evaluation
-from shortllama.plan import Target
+from shortllama.plans import Target
 
 SUBJECTS = "subjects"
 QUALITY = "quality.json"

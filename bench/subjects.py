@@ -15,7 +15,7 @@ import msgspec
 
 from shortllama import blind, catalogue, methods, sources
 from shortllama.errors import InputError
-from shortllama.plan import read_plan, shape_after
+from shortllama.plans import read_plan, shape_after
 from shortllama.shape import ModelShape
 
 BLIND_FORMS = ("depth", "width", "flap")

@@ -11,10 +11,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from shortllama import plan as _plan
 
 if TYPE_CHECKING:
     from shortllama.api import apply as apply
@@ -23,22 +20,6 @@ if TYPE_CHECKING:
     from shortllama.api import score as score
 
 __all__ = ["apply", "load", "plan", "score"]
-
-
-class _PlanModule(ModuleType):
-    """The module `shortllama.plan`, which can also be called.
-
-    The verb and the noun share the name: `shortllama.plan` is a module as soon as anything imports it, and would shadow
-    a function of that name.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from shortllama import api
-
-        return api.plan(*args, **kwargs)
-
-
-_plan.__class__ = _PlanModule  # type: ignore[attr-defined]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from shortllama import methods, planning, presets, pruning, sources
 from shortllama.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, SELF, Calibration
 from shortllama.criteria import Reductions
 from shortllama.errors import InputError
-from shortllama.plan import Plan, Target
+from shortllama.plans import Plan, Target
 from shortllama.removals import Unit
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape

@@ -21,8 +21,8 @@ from collections.abc import Callable
 
 from shortllama import methods
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import BlockKeep, Plan, Provenance, Target, make_plan
 from shortllama.planning import make_plan_for
+from shortllama.plans import BlockKeep, Plan, Provenance, Target, make_plan
 from shortllama.shape import BlockShape, ModelShape
 
 _NUMBER = r"(\d+(?:\.\d+)?)"

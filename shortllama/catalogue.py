@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from shortllama import blind
 from shortllama.errors import InputError
-from shortllama.plan import Plan, shape_after
+from shortllama.plans import Plan, shape_after
 from shortllama.shape import ModelShape
 
 _uniform = ModelShape.uniform

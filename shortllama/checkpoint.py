@@ -21,7 +21,7 @@ import msgspec
 from shortllama import configs, files, layout, sources, tensorfile
 from shortllama.errors import InputError, PlanError
 from shortllama.families import lookup
-from shortllama.plan import Plan, check_base, shape_after, write_plan
+from shortllama.plans import Plan, check_base, shape_after, write_plan
 from shortllama.shape import ModelShape
 from shortllama.tensorfile import Planned, Stored
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from shortllama import blind, catalogue, console, display, exporting, options, pruning, sources
-from shortllama import plan as plans
+from shortllama import blind, catalogue, console, display, exporting, options, plans, pruning, sources
 from shortllama import scores as score_files
 from shortllama.criteria import Reductions
 from shortllama.difference import difference
 from shortllama.errors import InputError, VerificationError
 from shortllama.evaluation.results import Evaluation, write_evaluation
-from shortllama.plan import Plan, Target
+from shortllama.plans import Plan, Target
 from shortllama.pruning import Choice, Scoring
 from shortllama.removals import Unit
 from shortllama.scores import Scores

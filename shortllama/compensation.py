@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllama.errors import PlanError
 from shortllama.families import Adapter, adapter
-from shortllama.plan import BlockKeep, Plan, kept_groups, kept_neurons
+from shortllama.plans import BlockKeep, Plan, kept_groups, kept_neurons
 from shortllama.scores import Scores
 from shortllama.shape import BlockShape
 

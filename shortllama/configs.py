@@ -24,7 +24,7 @@ from shortllama.config_facts import (
 )
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.families import Family, lookup
-from shortllama.plan import BlockKeep
+from shortllama.plans import BlockKeep
 from shortllama.shape import BlockShape, ModelShape
 
 # Stock classes that run the mathematics of a Llama at any head count, and the biases that each has only together.

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from shortllama import methods, removals, selection
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import BlockKeep, Target
+from shortllama.plans import BlockKeep, Target
 from shortllama.removals import Goal, Piece, Unit
 from shortllama.request import Request
 from shortllama.shape import ModelShape

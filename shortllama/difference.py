@@ -6,7 +6,7 @@ import msgspec
 
 from shortllama.errors import PlanError
 from shortllama.indices import format_indices, parse_indices
-from shortllama.plan import BlockKeep, Plan
+from shortllama.plans import BlockKeep, Plan
 
 # Plans are compared without their base at hand, so index sets have no known size; this is above any dimension.
 ANY_SIZE = 1 << 40

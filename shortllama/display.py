@@ -14,7 +14,7 @@ import msgspec
 from shortllama.difference import ANY_SIZE, Difference, SetDifference
 from shortllama.evaluation.results import Evaluation
 from shortllama.indices import count_indices, format_indices
-from shortllama.plan import BlockKeep, Plan, shape_of
+from shortllama.plans import BlockKeep, Plan, shape_of
 from shortllama.scores import Scores
 from shortllama.shape import BlockShape, ModelShape
 

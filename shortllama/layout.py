@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from shortllama.families import Family, lookup
 from shortllama.families.family import ATTENTION_PROJECTIONS
-from shortllama.plan import BlockKeep, kept_groups, kept_neurons
+from shortllama.plans import BlockKeep, kept_groups, kept_neurons
 from shortllama.shape import BlockShape, ModelShape
 
 Dimensions = tuple[int, ...]

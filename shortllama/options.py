@@ -13,7 +13,7 @@ import typer
 
 from shortllama import criteria, files, methods, removals, variants
 from shortllama.errors import InputError
-from shortllama.plan import Target
+from shortllama.plans import Target
 
 MODEL_HELP = "A folder, a Hugging Face id, 'reference' (ships with the package) or a catalogue name such as llama-7b."
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from shortllama import depth, methods, request, width, width_rules
 from shortllama.depth import goal_for
-from shortllama.plan import BlockKeep, Plan, Provenance, Target, make_plan, shape_after, shape_of
+from shortllama.plans import BlockKeep, Plan, Provenance, Target, make_plan, shape_after, shape_of
 from shortllama.removals import Unit
 from shortllama.request import Request
 from shortllama.scores import Scores

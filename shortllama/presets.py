@@ -17,7 +17,7 @@ import msgspec
 
 from shortllama import catalogue, depth, files, methods, removals, request
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import Plan, Target, make_plan
+from shortllama.plans import Plan, Target, make_plan
 from shortllama.removals import Goal, Piece
 from shortllama.request import Request
 from shortllama.shape import ModelShape

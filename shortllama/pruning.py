@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shortllama import catalogue, criteria, methods, planning, presets, removals, sources
-from shortllama import plan as plans
+from shortllama import catalogue, criteria, methods, planning, plans, presets, removals, sources
 from shortllama.errors import InputError
 from shortllama.evaluation.results import Perplexity, Quality
-from shortllama.plan import Plan, Target
+from shortllama.plans import Plan, Target
 from shortllama.removals import Goal, Unit
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape

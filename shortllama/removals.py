@@ -17,7 +17,7 @@ import msgspec
 
 from shortllama import selection
 from shortllama.errors import InputError
-from shortllama.plan import BlockKeep
+from shortllama.plans import BlockKeep
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 

@@ -12,7 +12,7 @@ import msgspec
 from shortllama import methods, selection
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.methods import Method
-from shortllama.plan import Target
+from shortllama.plans import Target
 from shortllama.removals import Unit
 from shortllama.scores import Scores, check_finite
 from shortllama.shape import ModelShape

@@ -18,7 +18,7 @@ from torch import Tensor
 from shortllama import criteria, families, removals, stack, surgery, texts
 from shortllama.calibration import Calibration
 from shortllama.errors import InputError
-from shortllama.plan import shape_after
+from shortllama.plans import shape_after
 from shortllama.removals import Goal, Piece
 from shortllama.request import check_unit
 from shortllama.scores import Cost, Scores, check_finite

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from shortllama import configs, layout
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.families import Adapter, Family, adapter, lookup
-from shortllama.plan import Plan, check_base, shape_after
+from shortllama.plans import Plan, check_base, shape_after
 from shortllama.shape import BlockShape, ModelShape, item_bytes
 
 ATTENTIONS = ("sdpa", "eager")

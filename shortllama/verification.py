@@ -24,7 +24,7 @@ from shortllama.errors import InputError
 from shortllama.exporting import MARK as EXPORT_MARK
 from shortllama.exporting import Export
 from shortllama.families import Adapter, adapter
-from shortllama.plan import BlockKeep, Plan, check_base, kept_groups, kept_neurons, read_plan, shape_of
+from shortllama.plans import BlockKeep, Plan, check_base, kept_groups, kept_neurons, read_plan, shape_of
 from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import msgspec
 
 from shortllama import selection, width_rules
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import COMPENSATED, BlockKeep, block_keep, with_biases
+from shortllama.plans import COMPENSATED, BlockKeep, block_keep, with_biases
 from shortllama.request import Request
 from shortllama.shape import BlockShape
 from shortllama.width_rules import Rule

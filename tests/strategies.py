@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from shortllama.plan import BlockKeep, Plan, Target, block_keep, make_plan
+from shortllama.plans import BlockKeep, Plan, Target, block_keep, make_plan
 from shortllama.shape import BlockShape, ModelShape
 
 

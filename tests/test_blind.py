@@ -10,8 +10,8 @@ from strategies import shapes
 
 from shortllama import blind, catalogue
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import BlockKeep, Plan, Target, check_base, shape_after
 from shortllama.planning import make_plan_for
+from shortllama.plans import BlockKeep, Plan, Target, check_base, shape_after
 from shortllama.shape import BlockShape, ModelShape
 
 LLAMA = catalogue.lookup("llama-7b")

@@ -6,7 +6,7 @@ import pytest
 
 from shortllama import catalogue
 from shortllama.errors import InputError
-from shortllama.plan import check_base, shape_after
+from shortllama.plans import check_base, shape_after
 from shortllama.shape import BlockShape
 
 # Facts. Parameter counts as the published checkpoints have them.

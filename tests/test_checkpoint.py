@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shortllama import catalogue, checkpoint, configs, files, sources, surgery, tensorfile
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import BlockKeep, Plan, read_plan, shape_after
+from shortllama.plans import BlockKeep, Plan, read_plan, shape_after
 from shortllama.shape import ModelShape
 
 ROOT = Path(__file__).parent.parent
@@ -315,7 +315,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from shortllama import checkpoint
-from shortllama.plan import read_plan
+from shortllama.plans import read_plan
 calls = 0
 real = os.fsync
 def dying(handle):
@@ -354,7 +354,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from shortllama import checkpoint
-from shortllama.plan import read_plan
+from shortllama.plans import read_plan
 import numpy
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

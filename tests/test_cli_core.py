@@ -15,7 +15,7 @@ from shortllama import blind, catalogue, console, display, planning, sources
 from shortllama.cli import app
 from shortllama.difference import difference
 from shortllama.errors import PlanError
-from shortllama.plan import BlockKeep, Target, block_keep, compose, kept_groups, kept_neurons, make_plan, read_plan
+from shortllama.plans import BlockKeep, Target, block_keep, compose, kept_groups, kept_neurons, make_plan, read_plan
 from shortllama.scores import read_scores
 from shortllama.shape import ModelShape
 

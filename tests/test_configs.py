@@ -12,7 +12,7 @@ from strategies import shapes
 from shortllama import configs
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.families import FAMILIES
-from shortllama.plan import BlockKeep
+from shortllama.plans import BlockKeep
 from shortllama.shape import BlockShape, ModelShape
 
 SIZES = {

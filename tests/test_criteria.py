@@ -17,8 +17,8 @@ from shortllama import calibration, configs, criteria, methods, scoring, selecti
 from shortllama.criteria import angular, removal, weights
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.families import adapter
-from shortllama.plan import BlockKeep, Target, block_keep, make_plan
 from shortllama.planning import make_plan_for
+from shortllama.plans import BlockKeep, Target, block_keep, make_plan
 from shortllama.shape import ModelShape
 from shortllama.stack import Stack, token_nll
 from tests.strategies import plan_of

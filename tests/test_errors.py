@@ -18,7 +18,7 @@ from bench import store
 from bench.cells import read_suite
 from bench.cli import app
 from shortllama import blind, catalogue, console
-from shortllama.plan import write_plan
+from shortllama.plans import write_plan
 from shortllama.shape import ModelShape
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from shortllama import checkpoint, configs, console, display, exporting, layout,
 from shortllama.cli import app
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.exporting import llamacpp, padding, vocabulary
-from shortllama.plan import BlockKeep
+from shortllama.plans import BlockKeep
 from shortllama.shape import BlockShape, ModelShape
 
 IDS = [1, 30, 22, 5, 17, 8, 41, 3]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shortllama import api, calibration, checkpoint, configs, families, layout, scoring, sources, surgery, verification
 from shortllama.errors import InputError, PlanError, ShortllamaError, UnsupportedError
-from shortllama.plan import BlockKeep, Plan, shape_after
+from shortllama.plans import BlockKeep, Plan, shape_after
 
 SIZES = {
     "vocab_size": 97,

@@ -17,7 +17,8 @@ from shortllama.cli import app
 from shortllama.criteria import flap
 from shortllama.errors import InputError, PlanError
 from shortllama.families import adapter
-from shortllama.plan import (
+from shortllama.planning import make_plan_for
+from shortllama.plans import (
     BlockKeep,
     Plan,
     Provenance,
@@ -28,7 +29,6 @@ from shortllama.plan import (
     read_plan,
     shape_of,
 )
-from shortllama.planning import make_plan_for
 from shortllama.scores import Scores, read_scores
 from shortllama.shape import BlockShape, ModelShape
 from shortllama.variants import METRICS, Variant

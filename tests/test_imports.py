@@ -63,7 +63,7 @@ def test_help_of_every_command_is_light(tmp_path: Path):
 def documents(tmp_path: Path) -> Path:
     """Two plans, a checkpoint folder without weights, a run of two rows and a suite, in the test's folder."""
     from shortllama import blind, catalogue
-    from shortllama.plan import write_plan
+    from shortllama.plans import write_plan
 
     shape = catalogue.lookup("llama-7b")
     for name, text in (("a", "depth:26"), ("b", "width:24x8256")):
@@ -165,7 +165,7 @@ def test_import_contracts_hold(tree: Path):
 
 VIOLATIONS = [
     ("shortllama/shape.py", "from bench import cells"),
-    ("shortllama/plan.py", "import torch"),
+    ("shortllama/plans.py", "import torch"),
     ("shortllama/selection.py", "from shortllama import surgery"),
     ("bench/comparison.py", "import torch"),
     ("bench/cells.py", "from bench import runner"),

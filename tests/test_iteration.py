@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from shortllama import removals, scoring, surgery
 from shortllama.errors import InputError
-from shortllama.plan import Target
 from shortllama.planning import goal_for, make_plan_for
+from shortllama.plans import Target
 from shortllama.removals import Goal, Piece
 from shortllama.shape import ModelShape
 from tests.strategies import plan_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import keeps, shapes
 
 from shortllama import layout
-from shortllama.plan import BlockKeep, shape_after
+from shortllama.plans import BlockKeep, shape_after
 from shortllama.shape import ModelShape
 
 

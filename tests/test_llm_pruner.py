@@ -19,8 +19,8 @@ from shortllama.cli import app
 from shortllama.criteria import llm_pruner
 from shortllama.errors import InputError
 from shortllama.families import adapter
-from shortllama.plan import BlockKeep, Target, block_keep, kept_groups, kept_neurons, shape_after
 from shortllama.planning import make_plan_for
+from shortllama.plans import BlockKeep, Target, block_keep, kept_groups, kept_neurons, shape_after
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 from shortllama.stack import token_nll

@@ -12,8 +12,8 @@ from strategies import scores_of, shapes
 from shortllama import catalogue, methods
 from shortllama.errors import InputError, PlanError
 from shortllama.methods import METHODS
-from shortllama.plan import BlockKeep, Plan, Target, check_base, kept_groups, kept_neurons, shape_after
 from shortllama.planning import make_plan_for, remark
+from shortllama.plans import BlockKeep, Plan, Target, check_base, kept_groups, kept_neurons, shape_after
 from shortllama.scores import Scores
 from shortllama.selection import candidates
 from shortllama.shape import ModelShape

@@ -7,7 +7,7 @@ import pytest
 
 from shortllama import catalogue, presets, surgery
 from shortllama.errors import InputError, PlanError, ShortllamaError
-from shortllama.plan import Plan, Target, check_base
+from shortllama.plans import Plan, Target, check_base
 from shortllama.shape import ModelShape
 
 LLAMA = catalogue.lookup("llama-7b")

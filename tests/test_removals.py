@@ -10,8 +10,8 @@ from strategies import scores_of, shapes
 
 from shortllama import removals, selection
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import BlockKeep, Target, shape_after
 from shortllama.planning import make_plan_for
+from shortllama.plans import BlockKeep, Target, shape_after
 from shortllama.removals import Goal, Piece
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape

@@ -13,7 +13,7 @@ import torch
 import shortllama as sl
 from shortllama import calibration, criteria, removals, scoring, surgery
 from shortllama.errors import InputError, PlanError, UnsupportedError
-from shortllama.plan import BlockKeep, shape_after
+from shortllama.plans import BlockKeep, shape_after
 from shortllama.removals import Goal
 from shortllama.scores import Scores, read_scores, write_scores
 

@@ -12,7 +12,7 @@ from bench.subjects import Subject
 from shortllama import blind, catalogue, files
 from shortllama.configs import config_of
 from shortllama.errors import InputError
-from shortllama.plan import shape_after
+from shortllama.plans import shape_after
 from shortllama.shape import ModelShape
 
 

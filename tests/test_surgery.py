@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, StaticCache
 from shortllama import catalogue, surgery, verification
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.families import adapter
-from shortllama.plan import BlockKeep, Plan, Target, compose, make_plan, shape_after
+from shortllama.plans import BlockKeep, Plan, Target, compose, make_plan, shape_after
 from shortllama.shape import BlockShape, ModelShape
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35], [8, 9, 79, 32, 38, 4]])

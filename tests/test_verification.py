@@ -12,7 +12,7 @@ from strategies import plan_of
 
 from shortllama import checkpoint, display, sources, surgery, verification
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import BlockKeep, write_plan
+from shortllama.plans import BlockKeep, write_plan
 from shortllama.shape import ModelShape
 
 STOCK = "stock transformers in a fresh process"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from shortllama import calibration, catalogue, scoring
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.methods import METHODS
-from shortllama.plan import BlockKeep, Plan, Target, kept_groups, kept_neurons, shape_of
 from shortllama.planning import make_plan_for
+from shortllama.plans import BlockKeep, Plan, Target, kept_groups, kept_neurons, shape_of
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 from shortllama.variants import Variant

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from shortllama import api, files
-from shortllama.plan import BlockKeep, Target, make_plan
+from shortllama.plans import BlockKeep, Target, make_plan
 from shortllama.reference import corpus
 from shortllama.reference.train import held_out_loss, split
 from shortllama.surgery import shape_of

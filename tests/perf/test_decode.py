@@ -9,7 +9,7 @@ from bench import runtimes, timing
 from bench.runtimes.protocol import Call, Options
 from bench.subjects import Subject
 from shortllama import blind
-from shortllama.plan import shape_after
+from shortllama.plans import shape_after
 from shortllama.shape import ModelShape
 
 DENSE = ModelShape.uniform(

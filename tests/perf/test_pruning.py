@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from shortllama import blind, checkpoint, sources, surgery, tensorfile
 from shortllama.calibration import describe
-from shortllama.plan import BlockKeep, Target, make_plan, shape_after
+from shortllama.plans import BlockKeep, Target, make_plan, shape_after
 from shortllama.scoring import score
 from shortllama.shape import ModelShape
 

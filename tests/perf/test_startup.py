@@ -17,7 +17,7 @@ from bench.cells import Cell
 from bench.cli import app
 from bench.measurement import Measurement, Memory, Samples, SessionId, environment
 from shortllama import blind, catalogue
-from shortllama.plan import write_plan
+from shortllama.plans import write_plan
 
 ROOT = Path(__file__).parents[2]
 START_UP_S = 0.5

@@ -10,7 +10,7 @@ from strategies import keeps, plan_of, shapes
 
 from shortllama import files
 from shortllama.errors import InputError, PlanError
-from shortllama.plan import (
+from shortllama.plans import (
     BlockKeep,
     Plan,
     Provenance,
