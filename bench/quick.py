@@ -1,11 +1,13 @@
 """`make report`: sweep the suite `quick` on this machine, then write the report on it.
 
-The run goes to runs/, the report to reports/, both named quick_<device>_<date>; a second one of a day is numbered.
+The run goes to runs/, the report to reports/, both named quick_<device>_<date>; a second one of a day is numbered. The
+report's folder keeps the rows it was made from, so that it can be committed and drawn again.
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from bench.sweep import sweep
 from shortllama import console
 
 SUITE = "quick"
+KEPT = ("measurements.jsonl", "quality.json", "suite.toml")
 
 
 def quick() -> int:
@@ -24,6 +27,9 @@ def quick() -> int:
     code = sweep(SUITE, out=run)
     out = Path("reports") / run.name
     report.write([run], out)
+    (out / "run").mkdir()
+    for name in KEPT:
+        shutil.copyfile(run / name, out / "run" / name)
     console.say(f"open {out / 'index.html'}")
     return code
 
