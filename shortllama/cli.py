@@ -1,6 +1,6 @@
-"""The core's pruning as a typer application: parse, call the library, show. Decides nothing itself.
+"""The core's verbs as a typer application: parse, call the library, show. Decides nothing itself.
 
-`bench.cli` mounts `app`, so that one program has every verb. torch and transformers are loaded only by the pruning that
+`bench.cli` mounts `app`, so that one program has every verb. torch and transformers are loaded only by the verbs that
 compute with weights (score, eval, verify, prune, and plan where it must score), inside themselves.
 """
 
