@@ -170,7 +170,7 @@ def _prune(subject: Subject, folder: Path, seed: int, report: Report) -> None:
     def named(what: str, done: int, total: int) -> None:
         report(f"{subject.name}: {what}", done, total)
 
-    plan = pruning.choose(source, pruning.Choice(method, Target("ratio", ratio)), scoring, progress=named)
+    plan, _ = pruning.choose(source, pruning.Choice(method, Target("ratio", ratio)), scoring, progress=named)
     checkpoint.write(sources.fetch(source), plan, folder)
     held = sources.from_folder(subject.name, folder).shape
     if held != subject.shape:

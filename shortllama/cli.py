@@ -415,7 +415,7 @@ def _make(
     choice = Choice(method, options.required(target), *limits)
     scores = None if scores_path is None else score_files.read_scores(scores_path)
     with _steps() as progress:
-        return pruning.choose_and_score(
+        return pruning.choose(
             source, choice, scoring, scores, progress=progress, note=lambda text: console.say(f"note: {text}")
         )
 

@@ -72,19 +72,6 @@ def choose(
     *,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
-) -> Plan:
-    """Return the plan of `choice` for a model; see `choose_and_score`."""
-    return choose_and_score(source, choice, scoring, scores, progress=progress, note=note)[0]
-
-
-def choose_and_score(
-    source: Source,
-    choice: Choice,
-    scoring: Scoring,
-    scores: Scores | None = None,
-    *,
-    progress: Progress | None = None,
-    note: Callable[[str], None] | None = None,
 ) -> tuple[Plan, Scores | None]:
     """Return the plan of `choice` for a model, and the scores it was made from: those given, else by scoring it first.
 
