@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from shortllama import files
 from shortllama.errors import ShortllamaError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 # Newer typer carries its own copy of click, so the base class of all usage mistakes is found through typer.
 ClickError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -80,3 +80,17 @@ def progress(*columns: Any) -> Generator[Progress]:
     console = Console(stderr=True)
     with Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as bar:
         yield bar
+
+
+@contextmanager
+def steps() -> Generator[Callable[[str, int, int], None]]:
+    """Yield step(what, done, total), shown as one bar for each `what`."""
+    with progress() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def step(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield step

@@ -114,13 +114,6 @@ def required(target: Target | None) -> Target:
     return target
 
 
-def refuse_beside_preset(**given: object) -> None:
-    """Raise InputError where --preset is given together with an option that it leaves no use for."""
-    both = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and value is not False]
-    if both:
-        raise InputError(f"--preset is a published order that needs no scores; leave out {', '.join(both)}")
-
-
 def protection(text: str | None) -> tuple[int, int] | None:
     """Return FIRST,LAST as two counts; None for None. Raises InputError for anything else."""
     if text is None:
@@ -153,10 +146,3 @@ def _check_writable(path: Path, above: Path) -> None:
         raise InputError(f"{path}: {above} is a file; give another --out")
     if not os.access(above, os.W_OK):
         raise InputError(f"{path}: cannot be written (no permission for {above}); give another --out")
-
-
-def refuse_choice(**given: object) -> None:
-    """Raise InputError where --plan is given together with an option that chooses."""
-    both = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and value is not False]
-    if both:
-        raise InputError(f"--plan says what to remove already; leave out {', '.join(both)}")
