@@ -81,15 +81,19 @@ class Stack:
     def states(self, ids_BT: Tensor) -> list[Tensor]:
         """Return the L + 1 hidden states of `trace` from one pass that ends with the last block: no tail, no logits."""
         states: list[Tensor] = []
+        self.watch(ids_BT, states.append)
+        return states
+
+    def watch(self, ids_BT: Tensor, see: Callable[[Tensor], None]) -> None:
+        """Call `see` with each of the L + 1 hidden states, in order, while that pass goes on; none is kept here."""
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states.append(_entering(args, kwargs))
+            see(_entering(args, kwargs))
 
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            states.append(self._until(ids_BT, len(self) - 1))
-        return states
+            see(self._until(ids_BT, len(self) - 1))
 
     def resume(self, ids_BT: Tensor, hidden_BTD: Tensor | None, at: int) -> Tensor:
         """Return the logits (B, T, V) of going on at block `at` as if `hidden_BTD` entered it; L runs only the tail.

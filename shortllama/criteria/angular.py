@@ -23,12 +23,41 @@ def score(task: Task) -> Measured:
     """Return d(l, l + 1) of each block, and `runs`: d(l, l + n) by n, as {"n": [d(0, n), d(1, n + 1), ...]}.
 
     d(l, m) = arccos(cos(x_l, x_m)) / pi on the last token of a sequence, in [0, 1], averaged over sequences; higher =
-    keep. One pass; memory beyond the model: the last tokens' L + 1 states of all sequences, in float64.
+    keep. One pass; memory beyond the model: the last tokens' L + 1 states of one batch, in float64.
     """
-    last = [torch.stack([state[:, -1].double() for state in found], dim=1) for found in trace.states(task)]
-    distance_SS = distances(torch.cat(last))
-    runs = {str(n): tuple(distance_SS.diagonal(n).tolist()) for n in range(1, len(task.stack) + 1)}
-    return Measured(blocks=runs["1"], runs=runs)
+    return trace.score(task, observe(task))
+
+
+def observe(task: Task) -> trace.Observer:
+    """Return what watches a shared pass."""
+    return _Angles(task)
+
+
+class _Angles:
+    """Sums over sequences of the angles between all states of the last token: every run's ends, from one token each."""
+
+    def __init__(self, task: Task) -> None:
+        self._blocks = len(task.stack)
+        self._sequences = task.sequences
+        self._last: list[Tensor] = []
+        self._sums_SS: Tensor | float = 0.0
+
+    def see(self, passage: trace.Passage) -> None:
+        """Keep the last token's state; behind the last block, measure the batch and let go of it."""
+        if passage.block == 0:
+            self._last = [passage.before_BTD[:, -1].double()]
+        self._last.append(passage.after_BTD[:, -1].double())
+        if passage.block == self._blocks - 1:
+            states_BSD = torch.stack([state_BD.to(self._last[0].device) for state_BD in self._last], dim=1)
+            self._sums_SS += distances(states_BSD) * len(states_BSD)
+            self._last = []
+
+    def measured(self) -> Measured:
+        """Return the means: of neighbours as the blocks' scores, of all pairs as `runs`."""
+        assert isinstance(self._sums_SS, Tensor), "no batch was seen"
+        mean_SS = self._sums_SS / self._sequences
+        runs = {str(n): tuple(mean_SS.diagonal(n).tolist()) for n in range(1, self._blocks + 1)}
+        return Measured(blocks=runs["1"], runs=runs)
 
 
 def distances(states_NSD: Tensor) -> Tensor:

@@ -16,4 +16,9 @@ NEEDS = "calibration"
 
 def score(task: Task) -> Measured:
     """Return minus the mean over all tokens of ||output|| of each block; higher = keep. One pass."""
-    return Measured(blocks=trace.mean_change(task, lambda _, after: -after.norm(dim=-1)))
+    return trace.score(task, observe(task))
+
+
+def observe(task: Task) -> trace.Observer:
+    """Return what watches a shared pass."""
+    return trace.MeanChange(task, lambda passage: -passage.after_norm_BT)

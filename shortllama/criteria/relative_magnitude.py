@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from shortllama.criteria import Measured, Task, trace
 
 NAME = "relative-magnitude"
@@ -16,8 +14,9 @@ def score(task: Task) -> Measured:
 
     f is the block's residual update, output minus input.
     """
-    return Measured(blocks=trace.mean_change(task, _share))
+    return trace.score(task, observe(task))
 
 
-def _share(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
-    return (after_BTD - before_BTD).norm(dim=-1) / after_BTD.norm(dim=-1)
+def observe(task: Task) -> trace.Observer:
+    """Return what watches a shared pass."""
+    return trace.MeanChange(task, lambda passage: passage.update_norm_BT / passage.after_norm_BT)
