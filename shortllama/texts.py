@@ -38,21 +38,21 @@ def read_documents(src: str, data_dir: Path | None = None) -> Documents:
     """Return the documents that `src` names. Raises InputError for what is missing, empty, or not text."""
     if src.startswith(HUB):
         raise UnsupportedError(f"text source {src!r}: data sets are not fetched; save its text to a file and give that")
-    paths, name, split = _locate(src, data_dir)
+    paths, name, split = locate(src, data_dir)
     texts = tuple(text for path in paths for text in _read_file(path))
     if not texts:
         raise InputError(f"{src}: holds no text; give a file with some")
     return Documents(name, texts, split)
 
 
-def _locate(src: str, data_dir: Path | None) -> tuple[list[Path], str, str | None]:
-    """Return the files of `src`, its name and its split."""
+def locate(src: str, data_dir: Path | None, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], str, str | None]:
+    """Return the files of `src`, its name and its split; in the data folder, files that end in one of `suffixes`."""
     path = Path(src)
     if path.is_file():
         return [path], path.name, None
     name, _, split = src.partition(":")
     folder = data_dir or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
-    if path.exists() or "/" in src or path.suffix in SUFFIXES:
+    if path.exists() or "/" in src or path.suffix in suffixes:
         kind = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"text source {src!r}: {kind}; give a text or JSONL file, ids:FILE.jsonl, or 'self'")
     if folder is None:
@@ -60,18 +60,18 @@ def _locate(src: str, data_dir: Path | None) -> tuple[list[Path], str, str | Non
             f"text source {src!r}: no such file, and no data folder to look it up in; "
             f"give a file, 'self', or --data-dir (or ${DATA_VARIABLE})"
         )
-    found = _in_folder(folder, name, split)
+    found = _in_folder(folder, name, split, suffixes)
     if not found:
         wanted = f"{name} with split {split!r}" if split else name
-        raise InputError(f"text source {src!r}: {folder} holds no {wanted} ({', '.join(SUFFIXES)}); give a file")
+        raise InputError(f"text source {src!r}: {folder} holds no {wanted} ({', '.join(suffixes)}); give a file")
     return found, src, split or None
 
 
-def _in_folder(folder: Path, name: str, split: str) -> list[Path]:
+def _in_folder(folder: Path, name: str, split: str, suffixes: tuple[str, ...]) -> list[Path]:
     """Return `name`'s text files in the data folder: name.txt, or the files in name/ whose name has the split."""
-    single = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    single = [folder / f"{name}{suffix}" for suffix in suffixes]
     inside = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
-    found = [path for path in (*single, *inside) if path.is_file() and path.suffix in SUFFIXES]
+    found = [path for path in (*single, *inside) if path.is_file() and path.suffix in suffixes]
     return [path for path in found if not split or split in re.split(r"[._-]", path.name)]
 
 
@@ -88,7 +88,7 @@ def _read_file(path: Path) -> Iterator[str]:
     yield from (part if len(parts) == 1 else part.strip() for part in parts if part.strip())
 
 
-def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+def json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 1, decoded JSON) of each line that is not blank."""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -100,7 +100,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _jsonl_texts(text: str, path: Path) -> Iterator[str]:
-    for number, value in _lines(text, path):
+    for number, value in json_lines(text, path):
         document = value.get("text") if isinstance(value, dict) else value
         if not isinstance(document, str):
             seen = f"keys {', '.join(sorted(value)[:6])}" if isinstance(value, dict) else repr(value)[:40]
@@ -114,7 +114,7 @@ def read_ids(path: Path) -> tuple[tuple[int, ...], ...]:
     Raises InputError with the line number for a line that is not a list of at least two token ids.
     """
     sequences: list[tuple[int, ...]] = []
-    for number, value in _lines(files.read_bytes(path).decode("utf-8", "replace"), path):
+    for number, value in json_lines(files.read_bytes(path).decode("utf-8", "replace"), path):
         good = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
         if not good:
             raise InputError(f"{path}:{number}: saw {str(value)[:40]!r}; expected a list of token ids such as [1, 403]")
