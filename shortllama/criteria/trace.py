@@ -65,7 +65,7 @@ class Observer(Protocol):
 
 
 class MeanChange:
-    """The mean of `change` over all tokens of all sequences, for each block; `change` gives one value a token, (B, T)."""
+    """The mean over all tokens of all sequences of `change`, which gives one value a token (B, T), for each block."""
 
     def __init__(self, task: Task, change: Callable[[Passage], Tensor]) -> None:
         self._change = change
