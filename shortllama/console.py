@@ -46,13 +46,21 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
         message: str = getattr(error, "format_message", error.__str__)()
         if not message.strip():  # no arguments: the help has just been printed
             return 2
-        return _fail(f"{message} (see {context.command_path if context else 'shortllama'} --help)", 2)
+        help_of = context.command_path if context else "shortllama"
+        return _fail(f"{message}{_unsaid_value(error, message)} (see {help_of} --help)", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): not an error, and nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _unsaid_value(error: Exception, message: str) -> str:
+    """Return the value that typer refused where its message leaves it out, to be said after the message."""
+    details: Any = getattr(error.__cause__, "errors", list)()
+    seen = [repr(one["input"]) for one in details if "input" in one]
+    return f"; saw {', '.join(seen)}" if seen and not all(value in message for value in seen) else ""
 
 
 def _fail(message: str, code: int) -> int:

@@ -23,6 +23,10 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random: sampled text
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model folder run the Python code of its tokenizer.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="cpu|cuda:N", help="Where to compute. Default: the first CUDA device, else the CPU."),
+]
 
 Criterion = Annotated[str, typer.Option(help=f"What to measure: {', '.join(criteria.CRITERIA)}.", show_default=False)]
 

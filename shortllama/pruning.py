@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shortllama import catalogue, criteria, methods, planning, plans, presets, removals, sources
-from shortllama.errors import InputError
+from shortllama.errors import InputError, UnsupportedError
 from shortllama.evaluation.results import Perplexity, Quality
 from shortllama.plans import Plan, Target
 from shortllama.removals import Goal, Unit
@@ -29,7 +29,10 @@ Progress = Callable[[str, int, int], None]
 
 
 class Scoring(msgspec.Struct, frozen=True):
-    """How to obtain scores where none are given. Defaults are the paper's: 10 samples of 128 tokens, sums."""
+    """How to obtain scores where none are given. Defaults are the paper's: 10 samples of 128 tokens, sums.
+
+    `device` None: see `compute_device`.
+    """
 
     calibration: str = "self"
     samples: int = 10
@@ -37,6 +40,7 @@ class Scoring(msgspec.Struct, frozen=True):
     seed: int = 0
     data_dir: Path | None = None
     trust_remote_code: bool = False
+    device: str | None = None
     reductions: criteria.Reductions = criteria.Reductions()
 
 
@@ -198,10 +202,11 @@ def score(
     from shortllama import scoring as engine
 
     report = progress or _silent
+    device = compute_device(scoring.device)
     if needs == "nothing":
         model, tokenizer = surgery.build(source.shape, device="meta"), None
     else:
-        model, tokenizer = load(source, trust_remote_code=scoring.trust_remote_code)
+        model, tokenizer = load(source, device=device, trust_remote_code=scoring.trust_remote_code)
     used = None
     if needs == "calibration":
         used = calibration.load(
@@ -245,16 +250,14 @@ def write(source: Source, plan: Plan, out: Path, *, scores: Scores | None = None
     return checkpoint.save(pruned, plan, out, companions=folder)
 
 
-def load(source: Source, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Return (model, tokenizer or None) on the device to compute on: a CUDA device if there is one, else the CPU.
+def load(source: Source, *, device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return (model, tokenizer or None) on `device`; None: see `compute_device`.
 
     On a CPU weights are float32: 16-bit arithmetic is slow there, and coarse. On a GPU they stay as stored.
     """
-    import torch
-
     from shortllama import checkpoint
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device(device)
     return checkpoint.load(
         sources.fetch(source),
         dtype="float32" if device == "cpu" else None,
@@ -263,12 +266,30 @@ def load(source: Source, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     )
 
 
+def compute_device(name: str | None) -> str:
+    """Return the device to compute on: `name`, or for None the first CUDA device if there is one, else the CPU.
+
+    Raises UnsupportedError for one that this machine lacks, or that holds no values.
+    """
+    import torch
+
+    from shortllama import surgery
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    surgery.check_device(name)
+    if name == "meta":
+        raise UnsupportedError("device 'meta' holds no values to compute with; give cpu, or cuda:N")
+    return name
+
+
 def evaluate(
     source: Source,
     texts: Sequence[str],
     *,
     seed: int = 0,
     data_dir: Path | None = None,
+    device: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Quality:
@@ -281,11 +302,11 @@ def evaluate(
     from shortllama.evaluation import perplexity
 
     report = progress or _silent
-    model, tokenizer = load(source, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(source, device=device, trust_remote_code=trust_remote_code)
     dense = model
     base = dense_base(source) if calibration.SELF in texts else None
     if base is not None:
-        dense, _ = load(base, trust_remote_code=trust_remote_code)
+        dense, _ = load(base, device=device, trust_remote_code=trust_remote_code)
     found: dict[str, Perplexity] = {}
     for src in texts:
         text = perplexity.prepare(src, tokenizer=tokenizer, dense=dense, seed=seed, data_dir=data_dir)

@@ -368,6 +368,35 @@ def test_self_text_of_a_pruned_model_comes_from_its_base(run_json, run, tmp_path
     assert pruned["perplexity"] > dense["perplexity"]
 
 
+@pytest.mark.parametrize(("cuda", "chosen"), [(False, "cpu"), (True, "cuda")])
+def test_where_to_compute_is_decided_in_one_place(run, folder: Path, ids: str, monkeypatch, cuda: bool, chosen: str):
+    import torch
+
+    from shortllama import checkpoint
+
+    asked: list[tuple[str, str | None]] = []
+
+    def load(*_: object, device: str, dtype: str | None, **__: object):
+        asked.append((device, dtype))
+        raise PlanError("seen enough")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(checkpoint, "load", load)
+    score = ["score", folder, "--criterion", "bi", "--calibration", ids]
+    choose = ["--method", "bi", "--blocks", 1, "--calibration", ids]
+    verbs = [score, ["plan", folder, *choose], ["eval", folder, "--ppl", ids]]
+    for verb in [*verbs, ["prune", folder, *choose, "--out", folder.parent / "never"]]:
+        run(*verb, code=2)
+        run(*verb, "--device", "cpu", code=2)
+        if cuda:
+            run(*verb, "--device", "cuda:1", code=2)
+            assert "'cuda:2' cannot be used: torch" in run(*verb, "--device", "cuda:2", code=2)[1]
+    dtypes = {"cpu": "float32", "cuda": None, "cuda:1": None}
+    wanted = [chosen, "cpu", *(["cuda:1"] if cuda else [])] * 4
+    assert asked == [(device, dtypes[device]) for device in wanted]
+
+
 # -- how figures are written ------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ class Allotting(Group, frozen=True):
 
 
 class Calibrating(Group, frozen=True):
-    """The tokens that a model is scored on."""
+    """The tokens that a model is scored on, and where."""
 
     calibration: options.Calibration = _SCORING.calibration
     samples: options.Samples = _SCORING.samples
@@ -79,6 +79,7 @@ class Calibrating(Group, frozen=True):
     seed: options.Seed = _SCORING.seed
     data_dir: options.DataDir = _SCORING.data_dir
     trust_remote_code: options.Trust = _SCORING.trust_remote_code
+    device: options.Device = _SCORING.device
 
 
 def scoring(measuring: Measuring, calibrating: Calibrating) -> Scoring:

@@ -56,6 +56,7 @@ def evaluate(
     seed: options.Seed = 0,
     data_dir: options.DataDir = None,
     trust_remote_code: options.Trust = False,
+    device: options.Device = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation here.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -66,7 +67,13 @@ def evaluate(
     source = sources.locate(model)
     with console.steps() as progress:
         quality = pruning.evaluate(
-            source, ppl, seed=seed, data_dir=data_dir, trust_remote_code=trust_remote_code, progress=progress
+            source,
+            ppl,
+            seed=seed,
+            data_dir=data_dir,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     found = Evaluation({pruning.base_name(source): quality})
     if out is not None:
