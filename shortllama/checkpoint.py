@@ -11,7 +11,7 @@ Manifest history: shortllama.manifest/1: first.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,7 +103,7 @@ def load(
     config = configs.base_config(source.config)
     made = surgery.skeleton(source.shape, config, dtype=dtype, attention=attention)
     wanted = surgery.torch_dtype(dtype)
-    surgery.put(made, {name: _read(one).to(device, wanted) for name, one in stored.items()}, device)
+    surgery.put(made, {name: read_tensor(one).to(device, wanted) for name, one in stored.items()}, device)
     _take_generation_config(made, folder)
     return made, _tokenizer(folder, made, trust_remote_code)
 
@@ -145,7 +145,8 @@ def stored_dtype(stored: dict[str, Stored]) -> str:
     return tensorfile.DTYPES[max(sizes, key=lambda code: sizes[code])]
 
 
-def _read(one: Stored) -> Tensor:
+def read_tensor(one: Stored) -> Tensor:
+    """Return a tensor as it lies in its file, in memory of its own."""
     import torch
 
     tensor = torch.empty(one.dimensions, dtype=getattr(torch, tensorfile.DTYPES[one.code]))
@@ -199,15 +200,22 @@ def write(source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD
         one, part = stored[taken[name].source], taken[name]
         planned.append(Planned(name, one.code, size, partial(tensorfile.cut, one, part.rows, part.columns)))
     config = configs.pruned_config(configs.base_config(found.config), plan.keep)
-    return _write_folder(out, plan, after, config, planned, folder, shard_bytes)
+    return _write_folder(out, plan, after, config, planned, folder, shard_bytes, {})
 
 
 def save(
-    model: PreTrainedModel, plan: Plan, out: Path, *, companions: Path | None = None, shard_bytes: int = SHARD_BYTES
+    model: PreTrainedModel,
+    plan: Plan,
+    out: Path,
+    *,
+    companions: Path | None = None,
+    documents: Mapping[str, bytes] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
     """Write a model in memory, as `surgery.apply` or retraining left it, to the folder `out`; returns its manifest.
 
     `plan` is how it was made from its base and travels along; tokenizer files are copied from the folder `companions`.
+    `documents` are written beside them, by file name, and digested like them.
     """
     from shortllama import surgery
 
@@ -215,8 +223,9 @@ def save(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     dimensions = layout.tensors(shape)
     code = tensorfile.NAMES[surgery.dtype_name(model)]
-    planned = [Planned(name, code, size, partial(_raw, parameters[name])) for name, size in dimensions.items()]
-    return _write_folder(out, plan, shape, surgery.config_dict(model), planned, companions, shard_bytes)
+    planned = [Planned(name, code, size, partial(raw_pieces, parameters[name])) for name, size in dimensions.items()]
+    config = surgery.config_dict(model)
+    return _write_folder(out, plan, shape, config, planned, companions, shard_bytes, documents or {})
 
 
 def refuse_own_folder(out: Path, source: Path) -> None:
@@ -247,12 +256,17 @@ def _write_folder(
     planned: list[Planned],
     companions: Path | None,
     shard_bytes: int,
+    documents: Mapping[str, bytes],
 ) -> Manifest:
     dtype = tensorfile.DTYPES[max(planned, key=lambda one: one.size).code]
     stock = configs.stock_config(config, shape)
     final = configs.finished(stock or configs.own_config(config, shape), dtype)
     with files.new_folder(out, MARK) as folder:
         weights = tensorfile.write_folder(folder, planned, shard_bytes)
+        copied = copy_companions(companions, folder) if companions else {}
+        for name, data in documents.items():
+            files.write_atomically(folder / name, data)
+            copied[name] = tensorfile.digest_of(folder / name)
         manifest = Manifest(
             form="stock" if stock else "shortllama",
             model_type=final["model_type"],
@@ -263,7 +277,7 @@ def _write_folder(
             base_shape_digest=plan.base.shape_digest,
             plan_digest=plan.digest(),
             weights=weights,
-            companions=copy_companions(companions, folder) if companions else {},
+            companions=copied,
             version=package_version(),
         )
         files.write_atomically(folder / "config.json", files.encode_json(final))
@@ -272,7 +286,8 @@ def _write_folder(
     return manifest
 
 
-def _raw(tensor: Tensor) -> Iterator[memoryview]:
+def raw_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor of at least one dimension, some rows at a time, wherever it lies."""
     import torch
 
     rows = tensor.detach()
