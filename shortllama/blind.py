@@ -6,6 +6,7 @@ weights. Grammar (groups are KV groups: the heads of a model without grouped att
     depth:26                      26 blocks stay
     width:24x8256                 24 groups and 8256 neurons stay in every block
     width:24x8256@4-30            the same in blocks 4 to 29 only
+    width:24:8x8256               24 query heads stay, as many in each of 8 groups
     flap:26.9±7.5x8577±2078       mean ± standard deviation over the blocks, drawn with a seed (`+-` is `±`)
     wanda-sp:0.2                  what METHOD:RATIO removes
     depth:16..32                  a range of plans, both ends included (`expand`)
@@ -19,15 +20,18 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 
-from shortllama import methods
+import msgspec
+
+from shortllama import methods, selection
 from shortllama.errors import InputError, PlanError
+from shortllama.indices import format_indices
 from shortllama.planning import make_plan_for
 from shortllama.plans import BlockKeep, Plan, Provenance, Target, make_plan
 from shortllama.shape import BlockShape, ModelShape
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _DEPTH = re.compile(r"depth:(\d+)")
-_WIDTH = re.compile(r"width:(\d+)x(\d+)(?:@(\d+)-(\d+))?")
+_WIDTH = re.compile(r"width:(?:(\d+):)?(\d+)x(\d+)(?:@(\d+)-(\d+))?")
 _FLAP = re.compile(rf"flap:{_NUMBER}±{_NUMBER}x{_NUMBER}±{_NUMBER}")
 _METHOD = re.compile(r"([a-z][a-z0-9+-]*):(-?\d*\.?\d+(?:e-?\d+)?)")
 _RANGE = re.compile(r"(.*\bdepth:)(\d+)\.\.(\d+)")
@@ -82,8 +86,9 @@ def _depth(match: re.Match[str], shape: ModelShape, seed: int) -> tuple[BlockKee
 
 
 def _width(match: re.Match[str], shape: ModelShape, seed: int) -> tuple[BlockKeep, ...]:
-    groups, neurons = int(match[1]), int(match[2])
-    first, end = int(match[3] or 0), int(match[4] or len(shape.blocks))
+    groups, neurons = int(match[2]), int(match[3])
+    queries = None if match[1] is None else int(match[1])
+    first, end = int(match[4] or 0), int(match[5] or len(shape.blocks))
     if not first < end <= len(shape.blocks):
         raise PlanError(
             f"{match[0]}: blocks {first} to {end} (end not included) are no range of this model's {len(shape.blocks)}"
@@ -91,21 +96,32 @@ def _width(match: re.Match[str], shape: ModelShape, seed: int) -> tuple[BlockKee
     keep: list[BlockKeep] = []
     for index, block in enumerate(shape.blocks):
         inside = first <= index < end
-        keep.append(_first_units(match[0], index, block, groups, neurons) if inside else BlockKeep(index))
+        keep.append(_first_units(match[0], index, block, groups, neurons, queries) if inside else BlockKeep(index))
     return tuple(keep)
 
 
-def _first_units(text: str, index: int, block: BlockShape, groups: int, neurons: int) -> BlockKeep:
-    """Keep the first `groups` and `neurons` of a block, or say which it lacks."""
+def _first_units(
+    text: str, index: int, block: BlockShape, groups: int, neurons: int, queries: int | None = None
+) -> BlockKeep:
+    """Keep the first `groups` and `neurons` of a block, and `queries` heads in these groups, or say which it lacks."""
+    size = block.queries_per_group
     if groups > block.kv_heads:
-        per_group = block.query_heads // max(block.kv_heads, 1)
-        units = "heads" if per_group <= 1 else f"KV groups of {per_group} query heads"
+        units = "heads" if size <= 1 else f"KV groups of {size} query heads"
         raise PlanError(f"{text}: block {index} has {block.kv_heads} {units}, not {groups}; ask for less")
     if neurons > block.neurons:
         raise PlanError(f"{text}: block {index} has {block.neurons} neurons, not {neurons}; ask for less")
     if groups == neurons == 0:
         raise PlanError(f"{text}: leaves nothing of block {index}; remove whole blocks with depth:N")
-    return BlockKeep(index, _first(groups, block.kv_heads), _first(neurons, block.neurons))
+    keep = BlockKeep(index, _first(groups, block.kv_heads), _first(neurons, block.neurons))
+    if queries is None or queries == groups * size:
+        return keep
+    if groups == 0 or queries % groups or not 0 < queries <= groups * size:
+        raise PlanError(
+            f"{text}: {queries} query heads cannot stay in {groups} KV groups of block {index}; every group keeps as "
+            f"many, 1 to {size}"
+        )
+    stay = selection.heads_within(range(groups), size, queries // groups)
+    return msgspec.structs.replace(keep, queries=format_indices(stay))
 
 
 def _first(count: int, size: int) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortllama.errors import PlanError
 from shortllama.families import Adapter, adapter
-from shortllama.plans import BlockKeep, Plan, kept_groups, kept_neurons
+from shortllama.plans import BlockKeep, Plan, kept_neurons, kept_queries
 from shortllama.scores import Scores
 from shortllama.shape import BlockShape
 
@@ -79,8 +79,8 @@ def _plain(parts: Adapter) -> bool:
 def _kept_channels(short: str, keep: BlockKeep, block: BlockShape, linear: nn.Linear) -> list[int]:
     if short == "down":
         return list(kept_neurons(keep, block))
-    width = linear.in_features // block.kv_heads
-    return [channel for group in kept_groups(keep, block) for channel in range(group * width, (group + 1) * width)]
+    width = linear.in_features // block.query_heads
+    return [channel for head in kept_queries(keep, block) for channel in range(head * width, (head + 1) * width)]
 
 
 def _constant(linear: nn.Linear, mean: Any, left: list[int]) -> Tensor:

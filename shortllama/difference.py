@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET
 
 from shortllama.errors import PlanError
 from shortllama.indices import format_indices, parse_indices
@@ -25,6 +26,7 @@ class BlockDifference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     index: int
     kv_groups: SetDifference | None
     neurons: SetDifference | None
+    queries: SetDifference | None
 
 
 class Difference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,8 +53,25 @@ def difference(a: Plan, b: Plan) -> Difference:
 
 
 def _inside(a: BlockKeep, b: BlockKeep) -> BlockDifference | None:
-    groups, neurons = _sets(a.kv_groups, b.kv_groups), _sets(a.neurons, b.neurons)
-    return BlockDifference(a.index, groups, neurons) if groups or neurons else None
+    groups, neurons, queries = _sets(a.kv_groups, b.kv_groups), _sets(a.neurons, b.neurons), _queries(a, b)
+    return BlockDifference(a.index, groups, neurons, queries) if groups or neurons or queries else None
+
+
+def _queries(a: BlockKeep, b: BlockKeep) -> SetDifference | None:
+    """The query heads inside groups: None where both keep their groups whole, since the groups say it all."""
+    if a.queries is UNSET and b.queries is UNSET:
+        return None
+    if a.queries is not UNSET and b.queries is not UNSET:
+        return _sets(a.queries, b.queries)
+    some, whole = (b, a) if a.queries is UNSET else (a, b)
+    # How many heads a group has is not known here, so heads of one set cannot be looked up in the other's groups.
+    if whole.kv_groups == "":
+        rest, beside = "", f"{some.queries}"
+    else:
+        rest = f"all of its groups but {some.queries}"
+        same = whole.kv_groups in (None, some.kv_groups)
+        beside = "" if same else f"{some.queries} outside KV groups {whole.kv_groups}"
+    return SetDifference(rest, beside) if whole is a else SetDifference(beside, rest)
 
 
 def _sets(a: str | None, b: str | None) -> SetDifference | None:

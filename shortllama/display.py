@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET
 
 from shortllama.difference import ANY_SIZE, Difference, SetDifference
 from shortllama.evaluation.results import Evaluation
@@ -160,15 +161,19 @@ def show_plan(plan: Plan, base: ModelShape | None) -> None:
         facts["bias compensation"] = plan.compensation
     facts["digest"] = plan.digest()
     table(("plan ", " "), [(key, value) for key, value in facts.items()])
-    cut = [keep for keep in plan.keep if keep.kv_groups is not None or keep.neurons is not None]
+    cut = [keep for keep in plan.keep if not keep.is_whole]
     if cut:
-        table(("blocks ", "KV groups kept ", "neurons kept"), _by_run((keep.index, _kept(keep)) for keep in cut))
+        inside = any(keep.queries is not UNSET for keep in cut)
+        columns = ("blocks ", "KV groups kept ", *(("query heads kept ",) if inside else ()), "neurons kept")
+        table(columns, _by_run((keep.index, _kept(keep, inside)) for keep in cut))
 
 
-def _kept(keep: BlockKeep) -> tuple[str, str]:
+def _kept(keep: BlockKeep, inside: bool) -> tuple[str, ...]:
+    """What is kept of KV groups, query heads (where some plans cut `inside` groups) and neurons, as cells."""
     groups = "all" if keep.kv_groups is None else keep.kv_groups or "none"
+    queries = ("those of its groups" if keep.queries is UNSET else keep.queries,) if inside else ()
     neurons = "all" if keep.neurons is None else f"{count_indices(keep.neurons, ANY_SIZE):,}"
-    return groups, neurons
+    return groups, *queries, neurons
 
 
 def _by_run(rows: Iterable[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ...]]:
@@ -183,6 +188,7 @@ def show_before_after(base: ModelShape, after: ModelShape, dtype: str = "float16
         _row("weights", base.weight_bytes(dtype), after.weight_bytes(dtype)),
         _row("KV cache a token", base.kv_bytes_per_token(dtype), after.kv_bytes_per_token(dtype)),
         ("blocks", len(base.blocks), len(after.blocks), _change(len(base.blocks), len(after.blocks))),
+        ("query heads", _range(b.query_heads for b in base.blocks), _range(b.query_heads for b in after.blocks), ""),
         ("KV heads", _range(b.kv_heads for b in base.blocks), _range(b.kv_heads for b in after.blocks), ""),
         ("neurons", _range(b.neurons for b in base.blocks), _range(b.neurons for b in after.blocks), ""),
     ]
@@ -206,8 +212,9 @@ def show_difference(both: tuple[Plan, Plan], names: tuple[str, str], found: Diff
     table(("plan ", "method ", "blocks", "removed", "blocks only here "), rows)
     if found.inside:
         groups = _by_run(_only(one.index, "KV groups", one.kv_groups) for one in found.inside if one.kv_groups)
+        queries = _by_run(_only(one.index, "query heads", one.queries) for one in found.inside if one.queries)
         neurons = _by_run(_only(one.index, "neurons", one.neurons) for one in found.inside if one.neurons)
-        table(("blocks ", "part ", f"only {names[0]} ", f"only {names[1]} "), [*groups, *neurons])
+        table(("blocks ", "part ", f"only {names[0]} ", f"only {names[1]} "), [*groups, *queries, *neurons])
 
 
 def _only(index: int, part: str, sets: SetDifference) -> tuple[int, tuple[str, ...]]:

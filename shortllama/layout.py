@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from shortllama.families import Family, lookup
 from shortllama.families.family import ATTENTION_PROJECTIONS
-from shortllama.plans import BlockKeep, kept_groups, kept_neurons
+from shortllama.plans import BlockKeep, kept_groups, kept_neurons, kept_queries
 from shortllama.shape import BlockShape, ModelShape
 
 Dimensions = tuple[int, ...]
@@ -78,16 +80,15 @@ def slices(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> dict[str, Slice]:
     """Return, for each tensor that keeping `keep` of `shape` leaves, the part of the base that it is.
 
     Names are those of the result (blocks renumbered from 0). The query heads of KV group g are rows
-    [g r d, (g + 1) r d) of q and columns of o, r queries a group: the order of transformers' `repeat_kv`.
+    [g r d, (g + 1) r d) of q and columns of o, r queries a group: the order of transformers' `repeat_kv`. Where fewer
+    queries stay in every group, those that stay are still in that order.
     """
     family = lookup(shape.family)
     found = {name: Slice(name) for name in tensors(shape) if not name.startswith(f"{family.blocks}.")}
     for index, one in enumerate(keep):
         block = shape.blocks[one.index]
         axes = _kept_axes(shape, block, one)
-        groups, neurons = len(kept_groups(one, block)), len(kept_neurons(one, block))
-        per_group = block.query_heads // block.kv_heads if block.kv_heads else 0
-        left = BlockShape(groups * per_group, groups, neurons)
+        left = BlockShape(*(len(kept(one, block)) for kept in (kept_queries, kept_groups, kept_neurons)))
         for name in _block_tensors(family, shape, left):
             rows, columns = axes_of(family, name, axes)
             found[f"{family.blocks}.{index}.{name}"] = Slice(f"{family.blocks}.{one.index}.{name}", rows, columns)
@@ -96,10 +97,9 @@ def slices(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> dict[str, Slice]:
 
 def _kept_axes(shape: ModelShape, block: BlockShape, keep: BlockKeep) -> Axes:
     """Return the kept positions along the axes of a block; None where all are kept."""
-    groups = kept_groups(keep, block)
-    per_group = shape.head_dim * (block.query_heads // block.kv_heads) if block.kv_heads else 0
-    queries = None if keep.kv_groups is None else _expand(groups, per_group)
-    keys = None if keep.kv_groups is None else _expand(groups, shape.head_dim)
+    uncut = keep.kv_groups is None and keep.queries is UNSET
+    queries = None if uncut else _expand(kept_queries(keep, block), shape.head_dim)
+    keys = None if keep.kv_groups is None else _expand(kept_groups(keep, block), shape.head_dim)
     return block_axes(shape, block, queries, keys, None if keep.neurons is None else kept_neurons(keep, block))
 
 
@@ -113,15 +113,16 @@ def block_axes(
     """Return positions in `block` along every axis that a projection has, fused ones included; None means all."""
     after_q, after_k = block.query_heads * shape.head_dim, block.kv_heads * shape.head_dim
     qkv = gate_up = None
-    if queries is not None and keys is not None:
-        qkv = (*queries, *(after_q + key for key in keys), *(after_q + after_k + key for key in keys))
+    if queries is not None or keys is not None:
+        of_q, of_k = range(after_q) if queries is None else queries, range(after_k) if keys is None else keys
+        qkv = (*of_q, *(after_q + key for key in of_k), *(after_q + after_k + key for key in of_k))
     if neurons is not None:
         gate_up = (*neurons, *(block.neurons + neuron for neuron in neurons))
     return {"queries": queries, "keys": keys, "qkv": qkv, "neurons": neurons, "gate_up": gate_up}
 
 
-def _expand(groups: tuple[int, ...], size: int) -> tuple[int, ...]:
-    return tuple(group * size + offset for group in groups for offset in range(size))
+def _expand(heads: tuple[int, ...], size: int) -> tuple[int, ...]:
+    return tuple(head * size + offset for head in heads for offset in range(size))
 
 
 # Which axis of the block each projection's rows (outputs) and columns (inputs) run along; None: the hidden size.

@@ -1,19 +1,22 @@
-"""Plans: which blocks survive and, in each, which KV groups and FFN neurons survive. Pure data, one JSON file.
+"""Plans: which blocks survive and, in each, which heads and FFN neurons survive. Pure data, one JSON file.
 
 One vocabulary for every method: depth pruning lists fewer blocks, width pruning lists all blocks with subsets, removing
 only an MHA or only an FFN is the empty set, iterative pruning is `compose`. A plan holds no timestamps and no host
 paths: equal inputs give equal bytes. It must not know of models, criteria or devices.
 
-Schema history: shortllama.plan/1: first.
+Schema history: shortllama.plan/1: first. `queries` of a block came later and is left out where groups stay whole, so
+that all other plans have the bytes that they had.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from shortllama import files
 from shortllama.errors import PlanError
@@ -27,15 +30,22 @@ COMPENSATED: dict[str, tuple[str, ...]] = {"flap": ("o", "down")}
 
 
 class BlockKeep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One surviving block: its index in the base, and the KV groups and neurons kept, as index sets.
+    """One surviving block: its index in the base, and the KV groups, neurons and query heads kept, as index sets.
 
     None keeps all; "" keeps none, which removes the MHA (or FFN) together with its norms. A KV group is one KV head
-    with the query heads that read it.
+    with the query heads that read it. `queries` (unset: all) names the query heads kept inside the groups kept, among
+    those of the whole block: as many in each of them, one or more, since configs know one number for all groups.
     """
 
     index: int
     kv_groups: str | None = None
     neurons: str | None = None
+    queries: str | UnsetType = UNSET
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the block goes."""
+        return self.kv_groups is None and self.neurons is None and self.queries is UNSET
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,17 +108,36 @@ def kept_groups(keep: BlockKeep, block: BlockShape) -> tuple[int, ...]:
     return tuple(range(block.kv_heads)) if keep.kv_groups is None else parse_indices(keep.kv_groups, block.kv_heads)
 
 
+def kept_queries(keep: BlockKeep, block: BlockShape) -> tuple[int, ...]:
+    """Return the query heads of `block` that survive, ascending. Head j reads the KV head of group j // (H/K)."""
+    if keep.queries is not UNSET:
+        return parse_indices(keep.queries, block.query_heads)
+    size = block.queries_per_group
+    return tuple(group * size + offset for group in kept_groups(keep, block) for offset in range(size))
+
+
 def kept_neurons(keep: BlockKeep, block: BlockShape) -> tuple[int, ...]:
     """Return the FFN neurons of `block` that survive, ascending."""
     return tuple(range(block.neurons)) if keep.neurons is None else parse_indices(keep.neurons, block.neurons)
 
 
-def block_keep(index: int, block: BlockShape, groups: tuple[int, ...], neurons: tuple[int, ...]) -> BlockKeep:
-    """Return the canonical BlockKeep of explicit indices: None where everything is kept."""
+def block_keep(
+    index: int,
+    block: BlockShape,
+    groups: tuple[int, ...],
+    neurons: tuple[int, ...],
+    queries: tuple[int, ...] | None = None,
+) -> BlockKeep:
+    """Return the canonical BlockKeep of explicit indices: None, or unset, where everything is kept.
+
+    `queries` None keeps all query heads of the groups.
+    """
+    whole = queries is None or len(queries) == len(groups) * block.queries_per_group
     return BlockKeep(
         index,
         None if len(groups) == block.kv_heads else format_indices(groups),
         None if len(neurons) == block.neurons else format_indices(neurons),
+        UNSET if whole else format_indices(queries or ()),
     )
 
 
@@ -134,16 +163,30 @@ def shape_after(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> ModelShape:
                 f"plan keeps block {one.index} after block {previous}; indices must ascend, below {len(shape.blocks)}"
             )
         previous = one.index
-        if shape.mixer and (one.kv_groups is not None or one.neurons is not None):
+        if shape.mixer and not one.is_whole:
             raise PlanError(
                 f"blocks of a {shape.family} model can only be removed whole; plan keeps part of block {previous}"
             )
         block = shape.blocks[one.index]
         groups = block.kv_heads if one.kv_groups is None else count_indices(one.kv_groups, block.kv_heads)
         neurons = block.neurons if one.neurons is None else count_indices(one.neurons, block.neurons)
-        per_group = block.query_heads // block.kv_heads if block.kv_heads else 0
-        blocks.append(BlockShape(groups * per_group, groups, neurons))
+        blocks.append(BlockShape(groups * _per_group(one, block), groups, neurons))
     return msgspec.structs.replace(shape, blocks=tuple(blocks))
+
+
+def _per_group(keep: BlockKeep, block: BlockShape) -> int:
+    """Return how many query heads each kept group keeps. Raises PlanError where that is not one number for all."""
+    if keep.queries is UNSET:
+        return block.queries_per_group
+    groups = kept_groups(keep, block)
+    left = Counter(query // block.queries_per_group for query in kept_queries(keep, block))
+    if tuple(sorted(left)) != groups or len(set(left.values())) != 1:
+        seen = ", ".join(f"{left[group]} of group {group}" for group in sorted({*left, *groups})) or "none"
+        raise PlanError(
+            f"plan keeps query heads {keep.queries!r} of block {keep.index}, which are {seen}; every KV group kept "
+            f"({format_indices(groups) or 'none'}) must keep as many as the others, one or more, and no other any"
+        )
+    return left[groups[0]]
 
 
 def shape_of(plan: Plan, base: ModelShape) -> ModelShape:
@@ -201,12 +244,14 @@ def compose(first: Plan, second: Plan, shape: ModelShape) -> Plan:
         block, middle = shape.blocks[earlier.index], between.blocks[later.index]
         groups = kept_groups(earlier, block)
         neurons = kept_neurons(earlier, block)
+        queries = kept_queries(earlier, block)
         keep.append(
             block_keep(
                 earlier.index,
                 block,
                 tuple(groups[i] for i in kept_groups(later, middle)),
                 tuple(neurons[i] for i in kept_neurons(later, middle)),
+                tuple(queries[i] for i in kept_queries(later, middle)),
             )
         )
     return make_plan(

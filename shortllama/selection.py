@@ -7,7 +7,7 @@ asked for. It must not know of models, methods or files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
 
@@ -39,6 +39,18 @@ def highest(scores: Sequence[float], keep: int) -> tuple[int, ...]:
     """Return the indices of the `keep` highest scores, ascending."""
     order = sorted(range(len(scores)), key=scores.__getitem__)
     return tuple(sorted(order[len(order) - keep :]))
+
+
+def heads_within(groups: Iterable[int], size: int, keep: int, scores: Sequence[float] | None = None) -> tuple[int, ...]:
+    """Return the query heads that stay in `groups` of `size` heads each, ascending: the `keep` best of each group.
+
+    Head j is of group j // size. The first ones stay where there are no scores.
+    """
+    stay: list[int] = []
+    for start in (group * size for group in groups):
+        best = range(keep) if scores is None else highest(scores[start : start + size], keep)
+        stay += [start + offset for offset in best]
+    return tuple(stay)
 
 
 def count_for(sizes: Sequence[int], excess: int, *, at_most: bool) -> int:

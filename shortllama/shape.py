@@ -45,6 +45,11 @@ class BlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.kv_heads and self.query_heads % self.kv_heads:
             raise InputError(f"block shape {self}: query heads must be a multiple of KV heads")
 
+    @property
+    def queries_per_group(self) -> int:
+        """How many query heads read each KV head; 0 without attention."""
+        return self.query_heads // self.kv_heads if self.kv_heads else 0
+
 
 class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A Llama-like decoder as integers.

@@ -24,7 +24,7 @@ from shortllama.errors import InputError
 from shortllama.exporting import MARK as EXPORT_MARK
 from shortllama.exporting import Export
 from shortllama.families import Adapter, adapter
-from shortllama.plans import BlockKeep, Plan, check_base, kept_groups, kept_neurons, read_plan, shape_of
+from shortllama.plans import BlockKeep, Plan, check_base, kept_neurons, kept_queries, read_plan, shape_of
 from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:
@@ -247,15 +247,15 @@ def _silence(parts: Adapter, block: nn.Module) -> None:
 
 def _mask_block(parts: Adapter, block: nn.Module, size: BlockShape, keep: BlockKeep) -> None:
     projections = parts.projections(block)
-    groups, neurons = set(kept_groups(keep, size)), set(kept_neurons(keep, size))
+    queries, neurons = set(kept_queries(keep, size)), set(kept_neurons(keep, size))
     if "o" in projections:
-        width = projections["o"].in_features // size.kv_heads
-        for group in range(size.kv_heads):
-            if group not in groups:
-                projections["o"].weight[:, group * width : (group + 1) * width] = 0
+        width = projections["o"].in_features // size.query_heads
+        for head in range(size.query_heads):
+            if head not in queries:
+                projections["o"].weight[:, head * width : (head + 1) * width] = 0
     if "down" in projections:
         gone = [neuron for neuron in range(size.neurons) if neuron not in neurons]
         projections["down"].weight[:, gone] = 0
-    for name, left in (("o", groups), ("down", neurons)):
+    for name, left in (("o", queries), ("down", neurons)):
         if name in projections and not left and projections[name].bias is not None:
             projections[name].bias.zero_()

@@ -37,8 +37,18 @@ def keeps(draw: st.DrawFn, shape: ModelShape) -> tuple[BlockKeep, ...]:
         block = shape.blocks[index]
         groups = draw(st.sets(st.integers(0, block.kv_heads - 1))) if block.kv_heads else set()
         neurons = draw(st.sets(st.integers(0, block.neurons - 1))) if block.neurons else set()
-        keep.append(block_keep(index, block, tuple(sorted(groups)), tuple(sorted(neurons))))
+        queries = draw(queries_in(tuple(sorted(groups)), block.queries_per_group))
+        keep.append(block_keep(index, block, tuple(sorted(groups)), tuple(sorted(neurons)), queries))
     return tuple(keep)
+
+
+@st.composite
+def queries_in(draw: st.DrawFn, groups: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Query heads that may stay in these groups of `size`: any of each, but as many in all."""
+    count = draw(st.integers(1, size)) if groups else 0
+    return tuple(
+        group * size + offset for group in groups for offset in sorted(draw(st.permutations(range(size)))[:count])
+    )
 
 
 def plan_of(shape: ModelShape, keep: tuple[BlockKeep, ...], *, method: str = "test") -> Plan:

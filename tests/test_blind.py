@@ -49,6 +49,34 @@ def test_width_counts_kv_groups() -> None:
     assert set(after.blocks) == {BlockShape(24, 6, 8192)}
 
 
+def test_width_counts_query_heads_in_groups() -> None:
+    plan = parse("width:24:8x14336", GROUPED)
+    assert set(shape_after(GROUPED, plan.keep).blocks) == {BlockShape(24, 8, 14336)}
+    assert plan.keep[3] == BlockKeep(3, None, None, "0-2,4-6,8-10,12-14,16-18,20-22,24-26,28-30")
+    both = shape_after(GROUPED, parse("width:6:6x8192@4-30", GROUPED).keep)
+    assert set(both.blocks[4:30]) == {BlockShape(6, 6, 8192)}
+    assert set(both.blocks[:4] + both.blocks[30:]) == set(GROUPED.blocks)
+    assert parse("width:24:6x8192", GROUPED).keep == parse("width:6x8192", GROUPED).keep
+    assert catalogue.lookup("llama-3-8b/width:24:8x14336").blocks[0] == BlockShape(24, 8, 14336)
+
+
+@given(shapes(uniform=True), st.data())
+def test_width_with_query_heads_leaves_the_sizes_it_says(shape: ModelShape, data: st.DataObject) -> None:
+    whole = shape.blocks[0]
+    groups = data.draw(st.integers(1, whole.kv_heads))
+    queries = groups * data.draw(st.integers(1, whole.query_heads // whole.kv_heads))
+    after = shape_after(shape, parse(f"width:{queries}:{groups}x{whole.neurons}", shape).keep)
+    assert set(after.blocks) == {BlockShape(queries, groups, whole.neurons)}
+
+
+@pytest.mark.parametrize("text", ["width:23:8x9", "width:33:8x9", "width:0:8x9", "width:40:8x9", "width:8:0x9"])
+def test_query_heads_that_groups_cannot_share_are_refused(text: str) -> None:
+    with pytest.raises(
+        PlanError, match=r"query heads cannot stay in \d KV groups of block 0; every group keeps as many"
+    ):
+        parse(text, GROUPED)
+
+
 def test_a_method_with_a_ratio_is_what_that_method_removes() -> None:
     for text, method, ratio in (
         ("wanda-sp:0.2", "wanda-sp", 0.2),

@@ -28,8 +28,9 @@ PROMPT = torch.tensor([[1, 30, 22, 5, 17, 8]])
 DEPTH = (BlockKeep(0), BlockKeep(2), BlockKeep(3))
 UNIFORM = tuple(BlockKeep(i, "0,2-3", "0-40,50-80") for i in range(4))
 MIXED = (BlockKeep(0, "", "3-9"), BlockKeep(1, "1"), BlockKeep(3, None, ""))
-KEEPS = {"depth": DEPTH, "uniform": UNIFORM, "mixed": MIXED}
-FORMS = {"depth": "llama", "uniform": "mistral", "mixed": "shortllama"}
+QUERIES = tuple(BlockKeep(i, "0-2", None, "0,3,5") for i in range(4))
+KEEPS = {"depth": DEPTH, "uniform": UNIFORM, "mixed": MIXED, "queries": QUERIES}
+FORMS = {"depth": "llama", "uniform": "mistral", "mixed": "shortllama", "queries": "mistral"}
 
 
 def shape_like(**changes: Any) -> ModelShape:

@@ -218,6 +218,8 @@ GGUF = {
     "uniform": (shape_like((8, 4, 96), (8, 4, 96)), "llama", "float32", {}),
     "uniform, odd heads": (shape_like((6, 3, 96), (6, 3, 96), tied=True), "llama", "float16", {}),
     "widths": (shape_like((8, 4, 96), (4, 2, 40), (6, 3, 17), tied=True), "deci", "float32", {}),
+    "queries": (shape_like((6, 2, 96), (6, 2, 96)), "llama", "float32", {}),
+    "queries of each block": (shape_like((8, 2, 96), (4, 2, 40), (6, 1, 17)), "deci", "float32", {}),
     "first without attention": (shape_like((0, 0, 40), (6, 3, 17), (0, 0, 8)), "deci", "float32", {}),
     "without FFN": (shape_like((8, 4, 40), (6, 3, 0), (4, 2, 0)), "deci", "bfloat16", {}),
     "empty blocks": (shape_like((0, 0, 0), (6, 3, 9), (0, 0, 0), (4, 2, 6)), "deci", "float32", {}),

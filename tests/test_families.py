@@ -234,6 +234,8 @@ def test_the_masked_dense_model_is_the_pruned_one(case: Case, folder: Path, tmp_
     if case.widths:
         keeps.append(tuple(BlockKeep(i, "0,2-3", "0-20,30-40") for i in range(4)))
         keeps.append((BlockKeep(0, None, "3-9"), BlockKeep(1, None, ""), BlockKeep(3)))
+        keeps.append(tuple(BlockKeep(i, None, "0-30", "0,3,5-6") for i in range(4)))
+        keeps.append(tuple(BlockKeep(i, "1,3", None, f"{2 + i % 2},6") for i in range(4)))
     for keep in keeps:
         plan = plan_of(surgery.shape_of(dense), keep)
         pruned = surgery.apply(plan, dense)

@@ -60,3 +60,27 @@ def test_a_kv_group_takes_its_query_heads_along(tiny_shape: ModelShape):
     assert k.rows == (*range(8, 16), *range(24, 32))
     assert (o.rows, o.columns) == (None, q.rows)
     assert (down.rows, down.columns) == (None, (5, 6, 7))
+
+
+def test_query_heads_go_from_inside_their_groups(tiny_shape: ModelShape):
+    found = layout.slices(tiny_shape, (BlockKeep(2, "1,3", None, "3,6"),))
+    q, k = found["model.layers.0.self_attn.q_proj.weight"], found["model.layers.0.self_attn.k_proj.weight"]
+    assert q.rows == (*range(24, 32), *range(48, 56))
+    assert found["model.layers.0.self_attn.o_proj.weight"].columns == q.rows
+    assert k.rows == (*range(8, 16), *range(24, 32))
+    found = layout.slices(tiny_shape, (BlockKeep(2, None, None, "0,2,4,7"),))
+    assert found["model.layers.0.self_attn.k_proj.weight"].rows is None
+    assert found["model.layers.0.self_attn.q_proj.weight"].rows == (
+        *range(8), *range(16, 24), *range(32, 40), *range(56, 64)
+    )  # fmt: skip
+
+
+def test_fused_projections_lose_query_heads_and_keep_their_keys(tiny_shape: ModelShape):
+    import msgspec
+
+    fused = msgspec.structs.replace(tiny_shape, family="phi3")
+    found = layout.slices(fused, (BlockKeep(0, None, None, "1,2,4,7"),))
+    rows = found["model.layers.0.self_attn.qkv_proj.weight"].rows
+    assert rows == (
+        *range(8, 24), *range(32, 40), *range(56, 64), *range(64, 128)
+    )  # fmt: skip

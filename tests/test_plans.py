@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from strategies import keeps, plan_of, shapes
 
 from shortllama import files
+from shortllama.difference import SetDifference, difference
 from shortllama.errors import InputError, PlanError
+from shortllama.indices import parse_indices
 from shortllama.plans import (
     BlockKeep,
     Plan,
@@ -20,6 +22,7 @@ from shortllama.plans import (
     compose,
     kept_groups,
     kept_neurons,
+    kept_queries,
     make_plan,
     read_plan,
     shape_after,
@@ -83,6 +86,19 @@ def test_the_plan_file_reads_as_documented(two_blocks: ModelShape) -> None:
     }
 
 
+def test_query_heads_are_written_only_where_groups_are_cut(two_blocks: ModelShape) -> None:
+    """Golden: the additive key. Plans without it keep their bytes, and with them their digests."""
+    cut = plan_of(two_blocks, (BlockKeep(0, "1", None, "2"), BlockKeep(1, None, "1", "0,3")))
+    assert msgspec.json.decode(files.encode_json(cut))["keep"] == [
+        {"index": 0, "kv_groups": "1", "neurons": None, "queries": "2"},
+        {"index": 1, "kv_groups": None, "neurons": "1", "queries": "0,3"},
+    ]
+    assert shape_after(two_blocks, cut.keep).blocks == (BlockShape(1, 1, 6), BlockShape(2, 2, 1))
+    assert files.decode_json(files.encode_json(cut), Plan, "plan.json") == cut
+    whole = plan_of(two_blocks, (BlockKeep(0, "1"), BlockKeep(1)))
+    assert whole.digest() == "98554c067bea2b71"
+
+
 def test_sizes_left_by_hand(two_blocks: ModelShape) -> None:
     after = shape_after(two_blocks, (BlockKeep(0, "1", "0,2-3"), BlockKeep(1, None, "")))
     assert after.blocks == (BlockShape(2, 1, 3), BlockShape(4, 2, 0))
@@ -90,22 +106,44 @@ def test_sizes_left_by_hand(two_blocks: ModelShape) -> None:
 
 
 # A model as nested lists of labels: the independent way to apply a plan.
-Labels = list[tuple[int, list[int], list[int]]]
+Labels = list[tuple[int, list[int], list[int], list[int]]]
 
 
 def label(shape: ModelShape) -> Labels:
-    return [(i, list(range(b.kv_heads)), list(range(b.neurons))) for i, b in enumerate(shape.blocks)]
+    return [
+        (i, list(range(b.kv_heads)), list(range(b.neurons)), list(range(b.query_heads)))
+        for i, b in enumerate(shape.blocks)
+    ]
 
 
 def apply_to_labels(labels: Labels, plan: Plan, shape: ModelShape) -> Labels:
     left: Labels = []
     for keep in plan.keep:
-        original, groups, neurons = labels[keep.index]
+        original, groups, neurons, queries = labels[keep.index]
         block = shape.blocks[keep.index]
         left.append(
-            (original, [groups[g] for g in kept_groups(keep, block)], [neurons[n] for n in kept_neurons(keep, block)])
+            (
+                original,
+                [groups[g] for g in kept_groups(keep, block)],
+                [neurons[n] for n in kept_neurons(keep, block)],
+                [queries[q] for q in kept_queries(keep, block)],
+            )
         )
     return left
+
+
+@given(st.data())
+def test_every_query_head_left_reads_the_kv_head_that_it_read(data: st.DataObject) -> None:
+    shape = data.draw(shapes())
+    for keep in data.draw(keeps(shape)):
+        before = shape.blocks[keep.index]
+        after = shape_after(shape, (keep,)).blocks[0]
+        groups, queries = kept_groups(keep, before), kept_queries(keep, before)
+        assert (after.query_heads, after.kv_heads) == (len(queries), len(groups))
+        size = before.query_heads // before.kv_heads
+        for position, query in enumerate(queries):
+            # transformers' repeat_kv: head j of a model reads KV head j // (H/K), before and after.
+            assert groups[position // (after.query_heads // after.kv_heads)] == query // size
 
 
 @settings(max_examples=150)
@@ -175,6 +213,13 @@ def test_a_plan_for_another_base_is_refused_with_both_digests(two_blocks: ModelS
         ((BlockKeep(0, "0-2"),), "2 is out of range"),
         ((BlockKeep(0, None, "6"),), "6 is out of range"),
         ((BlockKeep(0, "1,0"),), "does not ascend"),
+        ((BlockKeep(0, None, None, "4"),), "4 is out of range"),
+        ((BlockKeep(0, None, None, "0-2"),), "2 of group 0, 1 of group 1; every KV group kept \\(0-1\\) must keep as"),
+        ((BlockKeep(0, None, None, "0-1"),), "2 of group 0, 0 of group 1"),
+        ((BlockKeep(0, "1", None, "0"),), "1 of group 0, 0 of group 1; every KV group kept \\(1\\)"),
+        ((BlockKeep(0, "1", None, ""),), "0 of group 1"),
+        ((BlockKeep(0, "", None, "0"),), "1 of group 0; every KV group kept \\(none\\)"),
+        ((BlockKeep(0, "", None, ""),), "which are none"),
     ],
 )
 def test_impossible_keeps_are_refused(two_blocks: ModelShape, keep: tuple[BlockKeep, ...], problem: str) -> None:
@@ -185,6 +230,8 @@ def test_impossible_keeps_are_refused(two_blocks: ModelShape, keep: tuple[BlockK
 def test_keeping_everything_is_written_as_null(two_blocks: ModelShape) -> None:
     assert block_keep(1, two_blocks.blocks[1], (0, 1), tuple(range(6))) == BlockKeep(1)
     assert block_keep(1, two_blocks.blocks[1], (), (2,)) == BlockKeep(1, "", "2")
+    assert block_keep(1, two_blocks.blocks[1], (1,), (2,), (2, 3)) == BlockKeep(1, "1", "2")
+    assert block_keep(1, two_blocks.blocks[1], (1,), (2,), (3,)) == BlockKeep(1, "1", "2", "3")
 
 
 @pytest.mark.parametrize(
@@ -203,3 +250,46 @@ def test_a_broken_plan_file_is_refused_by_key(tmp_path: Path, two_blocks: ModelS
     with pytest.raises(InputError, match=problem) as caught:
         read_plan(path)
     assert str(path) in str(caught.value)
+
+
+# -- differences inside blocks ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_the_difference_of_query_heads_is_that_of_the_sets(data: st.DataObject) -> None:
+    shape = data.draw(shapes(min_blocks=1, max_blocks=1))
+    block, (a, b) = shape.blocks[0], (plan_of(shape, data.draw(keeps(shape))) for _ in range(2))
+    found = difference(a, b)
+    one, two = (set(kept_queries(plan.keep[0], block)) for plan in (a, b))
+    parts = found.inside[0] if found.inside else None
+    if parts is None or parts.queries is None:
+        # Told by the groups alone, or equal.
+        assert one == two or (a.keep[0].queries is b.keep[0].queries is msgspec.UNSET and found.inside)
+        return
+    for text, (mine, others), keep in (
+        (parts.queries.only_a, (one, two), a.keep[0]),
+        (parts.queries.only_b, (two, one), b.keep[0]),
+    ):
+        assert named(text, set(kept_queries(keep, block)), block) == mine - others
+    assert not found.equal
+
+
+def named(text: str, all_of_its_groups: set[int], block: BlockShape) -> set[int]:
+    """The query heads that a difference's text names."""
+    if text.startswith("all of its groups but "):
+        return all_of_its_groups - set(parse_indices(text.removeprefix("all of its groups but "), block.query_heads))
+    heads, outside, groups = text.partition(" outside KV groups ")
+    left = set(parse_indices(heads, block.query_heads))
+    inside = parse_indices(groups, block.kv_heads) if outside else ()
+    return {head for head in left if head // block.queries_per_group not in inside}
+
+
+def test_a_difference_says_which_heads_only_one_keeps(two_blocks: ModelShape) -> None:
+    a = plan_of(two_blocks, (BlockKeep(0, None, None, "0,2"), BlockKeep(1, None, None, "1,2")))
+    b = plan_of(two_blocks, (BlockKeep(0), BlockKeep(1, "1", None, "3")))
+    first, second = difference(a, b).inside
+    assert first.queries == SetDifference("", "all of its groups but 0,2")
+    assert first.kv_groups is None
+    assert second.queries == SetDifference("1-2", "3")
+    assert second.kv_groups == SetDifference("all but 1", "")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import keeps, plan_of, shapes
+from strategies import keeps, plan_of, queries_in, shapes
 from transformers import PreTrainedModel, StaticCache
 
 from shortllama import catalogue, surgery, verification
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.families import adapter
-from shortllama.plans import BlockKeep, Plan, Target, compose, make_plan, shape_after
+from shortllama.plans import BlockKeep, Plan, Target, block_keep, compose, make_plan, shape_after
 from shortllama.shape import BlockShape, ModelShape
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35], [8, 9, 79, 32, 38, 4]])
@@ -69,6 +69,13 @@ def greedy(model: PreTrainedModel, steps: int, cache: str) -> list[list[int]]:
     return ids[:, PROMPT.shape[1] :].tolist()
 
 
+# What only grouped attention has.
+GROUPED = {
+    "queries": tuple(BlockKeep(i, "0-1,3", None, "0,3,7") for i in range(4)),
+    "queries-per-layer": (BlockKeep(0, None, "3-9", "1,2,5,6"), BlockKeep(1), BlockKeep(3, "0-1", "", "0,2")),
+}
+
+
 @pytest.mark.parametrize("attention", surgery.ATTENTIONS)
 @pytest.mark.parametrize("base", SHAPES)
 @pytest.mark.parametrize("keep", KEEPS)
@@ -83,11 +90,29 @@ def test_pruned_equals_masked_dense(keep: str, base: str, attention: str):
     assert (before - expected).abs().max() > 1e-2  # the plan removes something that matters
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.sampled_from([name for name in SHAPES if name != "mha-tied"]))
+def test_query_heads_gone_from_every_group_are_those_whose_columns_of_o_are_zero(data: st.DataObject, base: str):
+    """The index mapping of grouped attention: what is left must read the KV heads that it read."""
+    groups, size, head_dim = (data.draw(st.integers(*ends)) for ends in ((1, 3), (2, 4), (1, 3)))
+    sizes = {"query_heads": groups * size, "kv_heads": groups, "head_dim": 2 * head_dim, "blocks": 2, "hidden": 24}
+    shape = shape_like(**{**SHAPES[base], **sizes})
+    stay = [data.draw(queries_in(tuple(range(groups)), size)) for _ in shape.blocks]
+    keep = tuple(block_keep(i, shape.blocks[i], tuple(range(groups)), tuple(range(96)), stay[i]) for i in range(2))
+    dense = built(shape)
+    pruned = surgery.apply(plan_of(shape, keep), dense)
+    assert surgery.shape_of(pruned) == shape_after(shape, keep)
+    for index, block in enumerate(adapter(dense).blocks):
+        columns = adapter(dense).projections(block)["o"].weight.data.view(24, groups * size, -1)
+        columns[:, sorted(set(range(groups * size)) - set(stay[index]))] = 0
+    assert (logits(pruned) - logits(dense)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("attention", surgery.ATTENTIONS)
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("keep", [*KEEPS, *GROUPED])
 def test_greedy_tokens_equal_with_every_cache(keep: str, attention: str):
     shape = shape_like()
-    plan = plan_of(shape, KEEPS[keep])
+    plan = plan_of(shape, {**KEEPS, **GROUPED}[keep])
     dense = built(shape, attention=attention, seed=1)
     pruned = surgery.apply(plan, dense)
     expected = greedy(verification.mask(dense, plan), 10, "dynamic")
