@@ -1,6 +1,7 @@
 """What a criterion measured on a model: higher = keep, everywhere. One JSON file, no torch.
 
-Schema history: shortllama.scores/1: first. `order`, null without --iterative, came later: older files read the same.
+Schema history: shortllama.scores/1: first. `order`, null without --iterative, and all of `cost` but its first three
+fields came later: older files read the same.
 """
 
 from __future__ import annotations
@@ -20,11 +21,23 @@ SCHEMA = "shortllama.scores/1"
 
 
 class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What scoring, pruning or retraining took: wall seconds, peak bytes (null where not measurable), tokens seen."""
+    """What scoring, or writing a checkpoint, took.
+
+    `wall_s`: seconds, without loading the model. `peak_bytes`: memory beyond what was held before; null where it cannot
+    be measured, and `reasons` says why. `tokens`: calibration tokens read, once for each step of an iterative run.
+    `block_passes`: forward runs of one block over all calibration tokens; null where none was counted. `shared`: the
+    criteria measured in one and the same pass, each of which records the whole cost. `runs`: above 1 where runs that
+    were killed are part of it; times and passes are then sums of what is known of them, which is up to the last part
+    that each finished, and the peak is the highest.
+    """
 
     wall_s: float
     peak_bytes: int | None
     tokens: int
+    block_passes: float | None = None
+    shared: tuple[str, ...] = ()
+    runs: int = 1
+    reasons: dict[str, str] = {}
 
 
 class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

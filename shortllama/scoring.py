@@ -6,18 +6,17 @@ The model comes back exactly as it was. Knows no method, no target count and no 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from torch import Tensor
 
-from shortllama import criteria, families, removals, stack, surgery, texts
+from shortllama import costs, criteria, families, removals, stack, surgery, texts
 from shortllama.calibration import Calibration
 from shortllama.errors import InputError
+from shortllama.journal import Journal
 from shortllama.plans import shape_after
 from shortllama.removals import Goal, Piece
 from shortllama.request import check_unit
@@ -27,7 +26,7 @@ from shortllama.variants import Variant
 
 Progress = Callable[[int, int], None]
 
-# Progress of an iterative run is told in these parts of a step.
+# Progress of a run of several steps is told in these parts of a step.
 _FINE = 1000
 
 
@@ -42,6 +41,7 @@ def score(
     seed: int = 0,
     reductions: criteria.Reductions | None = None,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Scores:
     """Return the scores of `criterion` on a transformers model; higher = keep.
 
@@ -49,20 +49,80 @@ def score(
     and FFNs apart, None is the criterion's own. `towards`: the shape that the model will be pruned to; wanda-sp feeds
     the outputs of blocks pruned to it on, and dense outputs without it. `reductions`: how mag and taylor aggregate
     weights, by default the published sums. `variant`: what flap or llm-pruner measures. `seed` is for random scores and
-    bootstrap intervals. `progress(done, total)` is called as the work goes on. Equal arguments give equal scores on one
-    machine; weights, flags and mode of `model` are left as they were.
+    bootstrap intervals. `progress(done, total)` is called as the work goes on. `journal` keeps what is finished: with
+    it, a run of equal arguments that was killed goes on, and gives the same scores. Equal arguments give equal scores
+    on one machine; weights, flags and mode of `model` are left as they were.
 
     Raises InputError for an unknown criterion, missing calibration, ids outside the vocabulary, a model without
     weights, and scores that are not finite or all equal; UnsupportedError for an unknown family.
     """
-    chosen, task = _prepare(
-        model, criterion, calibration, unit, seed, reductions, progress, iterative=False, variant=variant
-    )
-    task = dataclasses.replace(task, towards=towards)
-    cost = start_cost(model, _tokens(task))
-    with stack.quiet(model):
-        found = chosen.score(task)
-    return _scores(chosen, task, found, cost=cost())
+    how: dict[str, Any] = {"unit": unit, "towards": towards, "variant": variant, "reductions": reductions}
+    journals = {} if journal is None else {criterion: journal}
+    return score_all(model, (criterion,), calibration, **how, seed=seed, progress=progress, journals=journals)[
+        criterion
+    ]
+
+
+def score_all(
+    model: Any,
+    names: Sequence[str],
+    calibration: Calibration | None = None,
+    *,
+    unit: criteria.Unit | None = None,
+    towards: ModelShape | None = None,
+    variant: Variant | None = None,
+    seed: int = 0,
+    reductions: criteria.Reductions | None = None,
+    progress: Progress | None = None,
+    journals: Mapping[str, Journal] | None = None,
+) -> dict[str, Scores]:
+    """Return the scores of several criteria by their names; those of `criteria.TRACED` cost one pass together.
+
+    The other arguments are as in `score`; they hold for every criterion, and are checked for all of them before any is
+    measured. `journals`: by the names of those that have one.
+    """
+    how: dict[str, Any] = {"unit": unit, "seed": seed, "reductions": reductions, "progress": None, "variant": variant}
+    prepared = {name: _prepare(model, name, calibration, iterative=False, **how) for name in names}
+    traced = tuple(name for name in prepared if name in criteria.TRACED)
+    alone = [(name,) for name in prepared if name not in traced]
+    groups = ([traced] if traced else []) + alone
+    found: dict[str, Scores] = {}
+    for number, group in enumerate(groups):
+        members = [prepared[name][0] for name in group]
+        task = dataclasses.replace(
+            prepared[group[0]][1],
+            towards=towards,
+            progress=_part_of(progress or _silent, number, len(groups)),
+            journal=(journals or {}).get(group[0], Journal()),
+        )
+        with stack.quiet(model), _metered(task, group if len(group) > 1 else ()) as cost:
+            measured = _measure(members, task)
+            spent = cost()
+        for name, chosen, one in zip(group, members, measured, strict=True):
+            found[name] = _scores(chosen, task, one, spent)
+    return {name: found[name] for name in prepared}
+
+
+def _measure(chosen: Sequence[criteria.Criterion], task: criteria.Task) -> list[criteria.Measured]:
+    if len(chosen) == 1:
+        return [chosen[0].score(task)]
+    from shortllama.criteria import trace
+
+    return trace.score_together(task, chosen)
+
+
+@contextmanager
+def _metered(task: criteria.Task, shared: tuple[str, ...] = ()) -> Generator[Callable[[], Cost]]:
+    """Yield a function that returns the cost so far, which the task's journal records with each value."""
+    tokens = _tokens(task)
+    started = costs.start(next(task.adapter.model.parameters()).device)
+    with stack.counted(list(task.adapter.blocks)) as passed:
+
+        def cost() -> Cost:
+            passes = round(passed() / tokens, 3) if tokens else 0.0
+            return msgspec.structs.replace(started(), tokens=tokens, block_passes=passes, shared=shared)
+
+        yield task.journal.metered(cost)
 
 
 def iterate(
@@ -76,6 +136,7 @@ def iterate(
     seed: int = 0,
     reductions: criteria.Reductions | None = None,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Scores:
     """Return scores whose `order` holds what goes first, second, ... when what is left is scored again each time.
 
@@ -88,28 +149,35 @@ def iterate(
     chosen, task = _prepare(model, criterion, calibration, unit, seed, reductions, progress, iterative=True)
     assert task.unit != "width", "width methods are not iterative here"
     free = removals.pieces(task.shape, task.unit, protect)
-    cost = start_cost(model, 0)
+    task = dataclasses.replace(task, journal=journal or Journal())
     limit = goal.steps([goal.size(task.shape, piece) for piece in free])
     steps: list[tuple[Piece, float]] = []
     first: Scores | None = None
     kept: dict[int, Tensor] = {}
-    with stack.quiet(model):
+    with stack.quiet(model), _metered(task) as cost:
         while not _settled(task, goal, free, [piece for piece, _ in steps]):
             gone = [piece for piece, _ in steps]
-            now = _without(task, gone, kept, _part_of(task.progress, len(steps), limit))
+            part = task.journal.part(f"step {len(steps)}")
+            # The first step is gone through again from its own values: the result has its lists, kl its dense states.
+            finished = part.finished("removed") if first else None
+            if finished is not None:
+                steps.append((removals.parse(finished[0]), finished[1]))
+                continue
+            now = _without(task, gone, kept, _part_of(task.progress, len(steps), limit), part)
             with _left_out(task, gone):
                 scores = _scores(chosen, now, chosen.score(now))
             first = first or scores
             steps.append(_lowest(scores, now, [piece for piece in free if piece not in gone]))
+            part.keep("removed", [str(steps[-1][0]), steps[-1][1]])
+        spent = cost()
     if first is None:
         raise InputError("nothing may go: the target removes nothing, or protection leaves one block; ask for more")
-    tokens = _tokens(task) * len(steps)
     record = [{"removed": str(piece), "score": value} for piece, value in steps]
     return msgspec.structs.replace(
         first,
         order=tuple(str(piece) for piece, _ in steps),
         details={**(first.details or {}), "steps": record},
-        cost=msgspec.structs.replace(cost(), tokens=tokens),
+        cost=msgspec.structs.replace(spent, tokens=spent.tokens * len(steps)),
     )
 
 
@@ -177,12 +245,14 @@ def _settled(task: criteria.Task, goal: Goal, free: Sequence[Piece], gone: Seque
     return goal.settled(sum(goal.size(task.shape, piece) for piece in gone), min(left))
 
 
-def _without(task: criteria.Task, gone: Sequence[Piece], kept: dict[int, Tensor], progress: Progress) -> criteria.Task:
+def _without(
+    task: criteria.Task, gone: Sequence[Piece], kept: dict[int, Tensor], progress: Progress, journal: Journal
+) -> criteria.Task:
     """Return the task of scoring what is left."""
     keep = removals.keep_after(task.shape, gone)
     members = tuple(one.index for one in keep)
     left = shape_after(task.shape, keep)
-    return dataclasses.replace(task, shape=left, members=members, kept=kept, progress=progress)
+    return dataclasses.replace(task, shape=left, members=members, kept=kept, progress=progress, journal=journal)
 
 
 @contextmanager
@@ -210,6 +280,8 @@ def _lowest(scores: Scores, now: criteria.Task, free: Sequence[Piece]) -> tuple[
 
 def _part_of(progress: Progress, step: int, steps: int) -> Progress:
     """Return a progress function for one step of several."""
+    if steps == 1:
+        return progress
     return lambda done, total: progress(step * _FINE + done * _FINE // total, steps * _FINE)
 
 
@@ -230,50 +302,3 @@ def _checked(
     name = str(calibration.description["source"])
     texts.check_vocabulary(calibration.sequences, shape.vocabulary, name)
     return calibration
-
-
-def start_cost(model: Any, tokens: int) -> Callable[[], Cost]:
-    """Return a function that returns the cost since now of work on `model` over `tokens`: wall time and peak memory.
-
-    Peak bytes are counted beyond what is held now (the model): of the device's allocations on CUDA, else of the
-    process's resident memory, where the kernel lets its high-water mark be reset (Linux); null elsewhere.
-    """
-    device = next(model.parameters()).device
-    started, resident = time.perf_counter(), _reset_peak(device)
-
-    def cost() -> Cost:
-        return Cost(round(time.perf_counter() - started, 6), _peak(device, resident), tokens)
-
-    return cost
-
-
-def _reset_peak(device: Any) -> int | None:
-    """Start a new high-water mark; return the bytes held now, None where it cannot be done."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status_bytes("VmRSS")
-    except OSError:
-        return None
-
-
-def _peak(device: Any, start: int | None) -> int | None:
-    if start is None:
-        return None
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) - start
-    return max(0, _status_bytes("VmHWM") - start)
-
-
-def _status_bytes(field: str) -> int:
-    """Return a figure of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")

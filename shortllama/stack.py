@@ -188,6 +188,26 @@ def quiet(model: nn.Module) -> Generator[None]:
             module.training = flag
 
 
+@contextmanager
+def counted(blocks: Sequence[nn.Module]) -> Generator[Callable[[], int]]:
+    """Yield a function that returns how many tokens have gone through the blocks: a token in one block counts 1.
+
+    Blocks that are made transparent compute nothing and do not count: their forward is not the one they had.
+    """
+    tokens = 0
+    own = {block: vars(block).get("forward") for block in blocks}
+
+    def count(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal tokens
+        if vars(block).get("forward") is own[block]:
+            tokens += _entering(args, kwargs)[..., 0].numel()
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(count, with_kwargs=True).remove)
+        yield lambda: tokens
+
+
 def token_nll(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Return the negative log-likelihood in nats of each token but the first, (B, T - 1), at least in float32."""
     wide = torch.promote_types(logits_BTV.dtype, torch.float32)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from shortllama import methods, removals
 from shortllama.errors import InputError
+from shortllama.journal import Journal
 from shortllama.removals import Part, Piece
 from shortllama.variants import LLM_PRUNER, MAGNITUDES, Variant, estimator_of
 
@@ -50,6 +51,8 @@ CRITERIA: dict[str, str] = {
     "flap-exact": "shortllama.criteria.flap_exact",
 }
 
+# Whose work is to watch one forward pass: however many of them are asked for, it is made once (`trace`).
+TRACED = ("bi", "angular", "relative-magnitude", "norm")
 
 REDUCTIONS = ("sum", "mean", "max", "prod")
 # Whose scores are made of many weights' values. A vector estimate leaves nothing to reduce within a tensor.
@@ -98,7 +101,8 @@ class Task:
     `towards` is the shape the model is going to be pruned to, for criteria that feed pruned outputs on, or None.
     `progress(done, total)` is called after each piece of work, in units of roughly equal cost.
     In an iterative run, `members` are the blocks of the model that are still there (None: all), `shape` is what is left
-    of it, and `kept` is a store that lasts from step to step (None: there is one step).
+    of it, and `kept` is a store that lasts from step to step (None: there is one step). `journal` keeps what is
+    finished, for a run that goes on after a kill; criteria whose work is one pass over the data ignore it.
     """
 
     adapter: Adapter
@@ -112,6 +116,7 @@ class Task:
     members: tuple[int, ...] | None = None
     kept: dict[int, Tensor] | None = None
     variant: Variant = field(default_factory=Variant)
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -50,7 +50,10 @@ class Losses:
 
 @torch.no_grad()
 def measure(task: Task, comparison: Comparison) -> Losses:
-    """Return what `comparison` measures with nothing left out, and without each of the task's pieces, by sequence."""
+    """Return what `comparison` measures with nothing left out, and without each of the task's pieces, by sequence.
+
+    What the task's journal holds is not measured again; a batch that it holds whole does not run at all.
+    """
     pieces = task.pieces
     total = task.sequences * (len(pieces) + 1)
     without_UN = np.zeros((len(pieces), task.sequences))
@@ -58,19 +61,56 @@ def measure(task: Task, comparison: Comparison) -> Losses:
     first = done = 0
     for ids_BT in task.batches():
         rows = slice(first, first + len(ids_BT))
-        states, logits_BTV = task.stack.trace(ids_BT)
-        compare = comparison(_reference(task, ids_BT, first, states[-1], logits_BTV), ids_BT)
-        values_BP = compare(logits_BTV)
-        del logits_BTV
-        dense_N[rows], positions_N[rows] = _sums(values_BP), values_BP.shape[1]
+        batch = _Batch(task, ids_BT, first, comparison)
+        dense_N[rows], positions_N[rows] = batch.dense()
         for number, piece in enumerate(pieces):
             done += len(ids_BT)
             task.progress(done, total)
-            without_UN[number, rows] = _sums(compare(_without(task, ids_BT, states, piece)))
+            without_UN[number, rows] = batch.without(piece)
         done += len(ids_BT)
         task.progress(done, total)
         first = rows.stop
     return Losses(dense_N, without_UN, positions_N)
+
+
+class _Batch:
+    """The losses of one batch, from the journal where it has them. The batch is traced when one is missing."""
+
+    def __init__(self, task: Task, ids_BT: Tensor, first: int, comparison: Comparison) -> None:
+        self._task, self._ids_BT, self._first, self._comparison = task, ids_BT, first, comparison
+        self._journal = task.journal.part(f"sequence {first}")
+        self._traced: tuple[list[Tensor], Callable[[Tensor], Tensor]] | None = None
+
+    def dense(self) -> tuple[list[float], int]:
+        """Return the sum of each sequence with nothing left out, and how many positions each has."""
+        finished = self._journal.finished("dense")
+        # The first step of an iterative run leaves the dense states to the others, finished or not.
+        wanted = self._task.kept is not None and self._first not in self._task.kept
+        return self._trace() if wanted or finished is None else finished
+
+    def without(self, piece: Piece) -> list[float]:
+        """Return the sum of each sequence without a piece."""
+        sums_B = self._journal.finished(piece)
+        if sums_B is None:
+            if self._traced is None:
+                self._trace()
+            assert self._traced is not None
+            states, compare = self._traced
+            sums_B = _sums(compare(_without(self._task, self._ids_BT, states, piece)))
+            self._journal.keep(piece, sums_B)
+        return sums_B
+
+    def _trace(self) -> tuple[list[float], int]:
+        """Run the batch with nothing left out; keep the state that enters each block, and what to compare with."""
+        task, ids_BT = self._task, self._ids_BT
+        states, logits_BTV = task.stack.trace(ids_BT)
+        compare = self._comparison(_reference(task, ids_BT, self._first, states[-1], logits_BTV), ids_BT)
+        values_BP = compare(logits_BTV)
+        self._traced = states, compare
+        dense = _sums(values_BP), values_BP.shape[1]
+        if self._journal.finished("dense") is None:
+            self._journal.keep("dense", dense)
+        return dense
 
 
 def _without(task: Task, ids_BT: Tensor, states: list[Tensor], piece: Piece) -> Tensor:
@@ -123,5 +163,5 @@ def _listed(task: Task, values: list[Any]) -> Any:
     return lists.get("blocks", lists)
 
 
-def _sums(values_BP: Tensor) -> np.ndarray:
-    return values_BP.sum(dim=1, dtype=torch.float64).cpu().numpy()
+def _sums(values_BP: Tensor) -> list[float]:
+    return values_BP.sum(dim=1, dtype=torch.float64).tolist()
