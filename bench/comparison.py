@@ -1,19 +1,21 @@
 """Two runs, cell by cell: what regressed, what improved, and what cannot be told. Pure.
 
-Cells pair up by id. Times of different machines or software are not compared; speed-ups over the dense subject of the
-same run are, and so are deterministic metrics. How a verdict is reached: `bench.verdicts`.
+Times of different machines or software are not compared; speed-ups over the dense subject of the same run are, and so
+are deterministic metrics. What belongs together: `bench.pairing`; how a verdict is reached: `bench.verdicts`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
+from bench import experiment, pairing
 from bench.cells import Cell
 from bench.measurement import Environment, Measurement
 from bench.metrics import BY_NAME, LARGEST_BATCH, LATENCY, METRICS, OUTCOME, SPEED_UP, Metric
+from bench.pairing import Ends, Pair
 from bench.store import Results
 from bench.verdicts import (
     BEYOND,
@@ -21,13 +23,16 @@ from bench.verdicts import (
     Decision,
     Rules,
     Series,
+    by_pairs,
     exactly,
     incomparable,
+    log_ratios,
+    ratio_of,
     simulated,
     timed,
     withdrawn,
 )
-from shortllama.errors import IncomparableError, InputError
+from shortllama.errors import InputError
 
 NOISE_FACT = "noise_between_sessions"  # in an environment's facts, where the machine's noise was measured
 MEASURED = ("ok", "unstable")
@@ -46,17 +51,23 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Pooled(msgspec.Struct, frozen=True):
-    """The geometric mean of a subject's ratios (head / base) over its cells in one metric."""
+    """The geometric mean of a subject's ratios (head / base) over its cells in one metric.
+
+    Where sessions are paired in all of these cells, `decision` judges that mean pair by pair: cells of one session
+    share its noise, so they are averaged before they are judged. It never gates by itself.
+    """
 
     subject: str
     metric: str
     ratio: float
     cells: int
+    decision: Decision | None = None
 
 
 class Comparison(msgspec.Struct, frozen=True):
     """All changes, in the order of the base's rows. `differing`: the fingerprint's fields that keep times apart;
-    `base_only`, `head_only`: cells without a partner; `simulated`: cells of `cells` that were."""
+    `base_only`, `head_only`: cells without a partner; `simulated`: cells of `cells` that were; `notes`: what else a
+    reader must know of how the runs were made."""
 
     changes: tuple[Change, ...]
     pooled: tuple[Pooled, ...]
@@ -65,6 +76,7 @@ class Comparison(msgspec.Struct, frozen=True):
     head_only: int
     differing: tuple[str, ...]
     simulated: int
+    notes: tuple[str, ...] = ()
 
     def having(self, verdict: str) -> list[Change]:
         """Return the changes with that verdict, worst first."""
@@ -98,21 +110,7 @@ def limits_of(texts: Iterable[str]) -> dict[str, float]:
     return limits
 
 
-# -- pairing ------------------------------------------------------------------------------------------------------
-
-
-class _Pair(msgspec.Struct, frozen=True):
-    """The rows of one cell in both runs, and whether their environments allow to compare times."""
-
-    cell_id: str
-    cell: Cell
-    base: tuple[Measurement, ...]
-    head: tuple[Measurement, ...]
-    comparable: bool
-
-    @property
-    def simulated(self) -> bool:
-        return self.base[0].simulated
+# -- the comparison ---------------------------------------------------------------------------------------------------
 
 
 def compare(base: Results, head: Results, limits: Mapping[str, float] | None = None) -> Comparison:
@@ -121,47 +119,25 @@ def compare(base: Results, head: Results, limits: Mapping[str, float] | None = N
     With limits, only the metrics named (and the exact ones) gate. Raises InputError where no cell is common or a
     sample is not positive, IncomparableError where a simulated row meets a measured one.
     """
-    left, right = _by_cell(base), _by_cell(head)
-    common = [cell_id for cell_id in left if cell_id in right]
-    if not common:
-        raise InputError(f"{base.path} and {head.path} have no cell in common; compare two runs of the same suite")
-    pairs = [_pair(cell_id, left[cell_id], right[cell_id]) for cell_id in common]
-    rules = Rules(dict(limits or {}), _noise((*base.environments.values(), *head.environments.values())), len(pairs))
+    design = experiment.common(base, head)
+    found = pairing.pair(base, head, design)
+    pairs = found.cells
+    environments = (*base.environments.values(), *head.environments.values())
+    rules = Rules(dict(limits or {}), _noise(environments), max(1, len(pairs)), design.looks if design else None)
     changes = [change for pair in pairs for change in _changes(pair, rules)]
     changes += _speed_ups(pairs, rules)
     upheld = withdrawn([change.metric for change in changes], [change.decision for change in changes])
     changes = [msgspec.structs.replace(a, decision=b) for a, b in zip(changes, upheld, strict=True)]
     return Comparison(
-        changes=(*changes, *_frontiers(base, head, rules)),
-        pooled=_pool(changes),
-        cells=len(common),
-        base_only=len(left) - len(common),
-        head_only=len(right) - len(common),
-        differing=_differing(pairs, base.environments, head.environments),
+        changes=(*changes, *(_largest(ends, rules) for ends in found.ends if ends.comparable)),
+        pooled=_pool(pairs, rules),
+        cells=len(pairs),
+        base_only=found.base_only,
+        head_only=found.head_only,
+        differing=pairing.differing(found, base.environments, head.environments),
         simulated=sum(pair.simulated for pair in pairs),
+        notes=design.notes if design else (),
     )
-
-
-def _by_cell(results: Results) -> dict[str, tuple[Measurement, ...]]:
-    rows: dict[str, tuple[Measurement, ...]] = {}
-    for row in results.measurements:
-        values = (*row.samples.call_s, *row.samples.prefill_s, *row.samples.step_s)
-        if values and min(values) <= 0:
-            raise InputError(
-                f"{results.path}: {row.cell.label} ({row.cell_id}) has a sample of {min(values)} s; times are positive"
-            )
-        rows[row.cell_id] = (*rows.get(row.cell_id, ()), row)
-    return rows
-
-
-def _pair(cell_id: str, base: tuple[Measurement, ...], head: tuple[Measurement, ...]) -> _Pair:
-    kinds = {row.simulated for row in (*base, *head)}
-    if len(kinds) > 1:
-        raise IncomparableError(
-            f"{base[0].cell.label}: simulated on one side and measured on the other; compare like with like"
-        )
-    environments = {row.environment for row in (*base, *head)}
-    return _Pair(cell_id, base[0].cell, base, head, kinds == {True} or len(environments) == 1)
 
 
 def _noise(environments: Iterable[Environment]) -> float:
@@ -169,29 +145,10 @@ def _noise(environments: Iterable[Environment]) -> float:
     return max(known, default=NOISE)
 
 
-def _differing(
-    pairs: Sequence[_Pair], base: Mapping[str, Environment], head: Mapping[str, Environment]
-) -> tuple[str, ...]:
-    """Return each field that differs between the environments of a pair, with both values."""
-    met = {
-        tuple(dict.fromkeys(row.environment for row in (*pair.base, *pair.head))): None
-        for pair in pairs
-        if not pair.comparable
-    }
-    fields: dict[str, None] = {}
-    for ids in met:
-        first, *others = ((base.get(one) or head[one]).fingerprint for one in ids)
-        for other in others:
-            for key in sorted(first.keys() | other.keys()):
-                if first.get(key) != other.get(key):
-                    fields[f"{key}: {first.get(key)} -> {other.get(key)}"] = None
-    return tuple(fields)
-
-
 # -- one cell -----------------------------------------------------------------------------------------------------
 
 
-def _changes(pair: _Pair, rules: Rules) -> list[Change]:
+def _changes(pair: Pair, rules: Rules) -> list[Change]:
     """Compare every metric of one cell; a cell that did not run on a side has its outcome compared alone."""
     outcome = _outcome(pair)
     if outcome is not None:
@@ -200,12 +157,17 @@ def _changes(pair: _Pair, rules: Rules) -> list[Change]:
     return [_change(pair, metric, rules, decision) for metric, decision in found if decision is not None]
 
 
-def _change(pair: _Pair, metric: Metric, rules: Rules, decision: Decision) -> Change:
+def _change(pair: Pair, metric: Metric, rules: Rules, decision: Decision) -> Change:
     cell = pair.cell
-    return Change(pair.cell_id, cell.label, cell.subject, metric.name, metric.unit, rules.gates(metric), decision)
+    return Change(pair.cell_id, label(cell), cell.subject, metric.name, metric.unit, rules.gates(metric), decision)
 
 
-def _outcome(pair: _Pair) -> Decision | None:
+def label(cell: Cell) -> str:
+    """Return a cell's name for people; a test of a foreign suite generates nothing, so its name is all there is."""
+    return cell.label if cell.output else cell.subject
+
+
+def _outcome(pair: Pair) -> Decision | None:
     """Return the verdict on the outcomes, None where both sides were measured."""
     before, after = _worst(pair.base), _worst(pair.head)
     base, head, reason = before.outcome, after.outcome, after.reason or before.reason
@@ -224,7 +186,7 @@ def _worst(rows: Sequence[Measurement]) -> Measurement:
     return next((row for row in rows if row.outcome not in MEASURED), rows[-1])
 
 
-def _decision(pair: _Pair, metric: Metric, rules: Rules) -> Decision | None:
+def _decision(pair: Pair, metric: Metric, rules: Rules) -> Decision | None:
     """Return the verdict on one metric, None where a side lacks it or the environments forbid it."""
     base, head = _series(pair.base, metric), _series(pair.head, metric)
     if not base or not head:
@@ -238,7 +200,7 @@ def _series(rows: Iterable[Measurement], metric: Metric) -> list[tuple[int, floa
     return [(row.session.pair, value) for row in rows if (value := metric.value(row)) is not None]
 
 
-def _timed(pair: _Pair, metric: Metric, base: Series, head: Series, rules: Rules) -> Decision:
+def _timed(pair: Pair, metric: Metric, base: Series, head: Series, rules: Rules) -> Decision:
     if pair.simulated:
         return simulated(metric, base, head, rules)
     decision = timed(metric, base, head, rules)
@@ -247,24 +209,27 @@ def _timed(pair: _Pair, metric: Metric, base: Series, head: Series, rules: Rules
     return decision
 
 
-# -- over cells ---------------------------------------------------------------------------------------------------
+# -- over cells -------------------------------------------------------------------------------------------------------
 
 
-def dense_of(subject: str, subjects: Iterable[str]) -> str | None:
+def dense_of(subject: str, subjects: Collection[str]) -> str | None:
     """Return the subject among `subjects` that MODEL/PLAN was made from; None for a dense one."""
-    return max((name for name in subjects if subject.startswith(f"{name}/")), key=len, default=None)
+    above = subject.rpartition("/")[0]
+    while above and above not in subjects:
+        above = above.rpartition("/")[0]
+    return above or None
 
 
-def _speed_ups(pairs: Sequence[_Pair], rules: Rules) -> list[Change]:
+def _speed_ups(pairs: Sequence[Pair], rules: Rules) -> list[Change]:
     """Compare latency(dense) / latency(subject) of the same session where the times themselves must not be."""
-    subjects = {pair.cell.subject for pair in pairs}
-    parents = {subject: dense_of(subject, subjects) for subject in subjects}
-    by_cell = {pair.cell: pair for pair in pairs}
+    apart = [pair for pair in pairs if not pair.comparable]
+    subjects = {pair.cell.subject for pair in apart}
+    by_cell = {pair.cell: pair for pair in apart}
     found: list[Change] = []
-    for pair in pairs:
-        parent = parents[pair.cell.subject]
+    for pair in apart:
+        parent = dense_of(pair.cell.subject, subjects)
         dense = by_cell.get(msgspec.structs.replace(pair.cell, subject=parent)) if parent else None
-        if dense is None or pair.comparable:
+        if dense is None:
             continue
         base, head = _speed_up(dense.base, pair.base), _speed_up(dense.head, pair.head)
         if base and head:
@@ -277,28 +242,52 @@ def _speed_up(dense: Iterable[Measurement], pruned: Iterable[Measurement]) -> li
     return [(number, latencies[number] / own) for number, own in _series(pruned, LATENCY) if number in latencies]
 
 
-def _frontiers(base: Results, head: Results, rules: Rules) -> list[Change]:
-    """Compare the largest batches of the groups that both runs have searched in one environment."""
-    before = {row.cell.id: row for row in base.frontiers}
-    found: list[Change] = []
-    for row in head.frontiers:
-        old = before.get(row.cell.id)
-        if old is None or old.largest_batch is None or row.largest_batch is None:
-            continue
-        if old.environment == row.environment or row.simulated:
-            decision = exactly(LARGEST_BATCH, float(old.largest_batch), float(row.largest_batch), rules)
-            name, unit = LARGEST_BATCH.name, LARGEST_BATCH.unit
-            found.append(Change(row.cell.id, row.cell.label, row.cell.subject, name, unit, True, decision))
+def _largest(ends: Ends, rules: Rules) -> Change:
+    """Compare the largest batches of one group."""
+    return Change(
+        ends.base.cell.id,
+        label(ends.cell),
+        ends.cell.subject,
+        LARGEST_BATCH.name,
+        LARGEST_BATCH.unit,
+        True,
+        _largest_decision(ends, rules),
+    )
+
+
+def _largest_decision(ends: Ends, rules: Rules) -> Decision:
+    """Exact, where both runs met the end of memory, or where a lower bound suffices to tell."""
+    before, after = ends.base.largest_batch, ends.head.largest_batch
+    if before is None or after is None:
+        missing = ends.base if before is None else ends.head
+        return Decision("inconclusive", before, after, reason=missing.reason or "not measured on a side")
+    found = exactly(LARGEST_BATCH, float(before), float(after), rules)
+    unsure = next((row for row in (ends.base, ends.head) if row.non_monotone), None)
+    if unsure is not None:
+        return msgspec.structs.replace(found, verdict="inconclusive", reason="a larger batch ran than one that failed")
+    if (ends.open_head and after < before) or (ends.open_base and after > before):
+        return msgspec.structs.replace(found, verdict="inconclusive", reason="the smaller one is only a lower bound")
     return found
 
 
-def _pool(changes: Iterable[Change]) -> tuple[Pooled, ...]:
-    logs: dict[tuple[str, str], list[float]] = {}
-    for change in changes:
-        ratio = change.decision.ratio
-        if not BY_NAME.get(change.metric, OUTCOME).exact and change.decision.verdict != "incomparable" and ratio:
-            logs.setdefault((change.subject, change.metric), []).append(math.log(ratio))
-    return tuple(
-        Pooled(subject, metric, math.exp(math.fsum(values) / len(values)), len(values))
-        for (subject, metric), values in logs.items()
-    )
+def _pool(pairs: Sequence[Pair], rules: Rules) -> tuple[Pooled, ...]:
+    """Return the geometric mean of every subject and noisy metric, over the cells whose values may be compared."""
+    members: dict[tuple[str, str], list[tuple[Series, Series]]] = {}
+    for pair in pairs:
+        if not pair.comparable or _outcome(pair) is not None:
+            continue
+        for metric in METRICS:
+            if not metric.exact and (base := _series(pair.base, metric)) and (head := _series(pair.head, metric)):
+                members.setdefault((pair.cell.subject, metric.name), []).append((base, head))
+    alone = msgspec.structs.replace(rules, tests=1)
+    return tuple(_pooled(subject, BY_NAME[name], sides, alone) for (subject, name), sides in members.items())
+
+
+def _pooled(subject: str, metric: Metric, sides: Sequence[tuple[Series, Series]], rules: Rules) -> Pooled:
+    logs = [log_ratios(*side) for side in sides]
+    common = sorted(set(logs[0]).intersection(*logs[1:]))
+    if len(common) < 2 or len(sides) < 2:
+        singles = [math.log(ratio_of(*side)) for side in sides]
+        return Pooled(subject, metric.name, math.exp(math.fsum(singles) / len(singles)), len(sides))
+    decision = by_pairs(metric, [math.fsum(one[number] for one in logs) / len(logs) for number in common], rules)
+    return Pooled(subject, metric.name, decision.ratio or 1.0, len(sides), decision)

@@ -11,6 +11,8 @@ import msgspec
 from bench import timing
 from bench.measurement import Measurement
 
+ENERGY = "joules_per_token"  # in a row's telemetry; null there where it cannot be told
+
 
 class Metric(msgspec.Struct, frozen=True):
     """One metric. `value` reads it from a row, None where the row lacks it; `unit` as in `report.quantities`.
@@ -38,7 +40,7 @@ def _latency(row: Measurement) -> float | None:
 
 
 def _throughput(row: Measurement) -> float | None:
-    found = timing.throughput(row)
+    found = timing.throughput(row) if row.cell.output else None  # a test of a foreign suite generates nothing
     return found and found.value
 
 
@@ -52,6 +54,12 @@ def _operations(row: Measurement) -> float | None:
     return math.fsum(counted.values()) if counted else None
 
 
+def _energy(row: Measurement) -> float | None:
+    """Gross joules a token, where the telemetry pass could tell."""
+    value = row.telemetry.get(ENERGY)
+    return float(value) if isinstance(value, int | float) and value > 0 else None
+
+
 def _elsewhere(row: Measurement) -> float | None:
     """For metrics that no single measurement row holds."""
     return None
@@ -63,6 +71,7 @@ METRICS = (
     Metric("throughput", "tokens/s", _throughput, "higher"),
     Metric("first-token", "s", _first_token),
     Metric("per-token", "s", timing.per_token),
+    Metric("energy", "J/token", _energy),
     Metric("parameters", "parameters", lambda row: row.parameters, exact=True, anywhere=True),
     Metric("decode-bytes", "bytes", lambda row: row.bounds and row.bounds.decode_bytes, exact=True, anywhere=True),
     Metric("analytic-memory", "bytes", lambda row: row.memory.analytic, exact=True, anywhere=True),

@@ -88,10 +88,10 @@ def test_student_is_scipys(freedom: int) -> None:
     from scipy.special import stdtr, stdtrit
 
     for t in (0.0, 0.1, 1.0, 2.5, 10.0, 300.0):
-        assert statistics.student_within(t, freedom) == pytest.approx(2 * stdtr(freedom, t) - 1, abs=1e-12)
-    for share in (0.5, 0.6, 0.95, 0.999):
-        expected = stdtrit(freedom, (1 + share) / 2)
-        assert statistics.student_quantile(share, freedom) == pytest.approx(expected, rel=1e-9)
+        assert statistics.student_beyond(t, freedom) == pytest.approx(2 * stdtr(freedom, -t), rel=1e-9)
+    for level in (0.5, 0.4, 0.05, 1e-3, 1e-12, 1e-30):
+        expected = -stdtrit(freedom, level / 2)
+        assert statistics.student_quantile(level, freedom) == pytest.approx(expected, rel=1e-6)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=12).filter(lambda x: max(x) - min(x) > 1e-6))
