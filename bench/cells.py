@@ -15,12 +15,13 @@ from typing import Annotated, Literal, cast
 
 import msgspec
 
+from bench import runtime_rows
 from shortllama import files
 from shortllama.errors import InputError
 from shortllama.shape import ITEM_BYTES
 
 SUITE_SCHEMA = "shortllama.suite/1"
-RUNTIMES = ("paper", "eager", "static", "roofline")
+RUNTIMES = tuple(runtime_rows.ROWS)
 ATTENTION = ("sdpa", "eager")
 TIMINGS = ("careful", "paper")
 LARGEST_BATCH = 1 << 20

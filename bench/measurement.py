@@ -76,11 +76,23 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasons: dict[str, str] = {}
 
 
+class Graphs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a runtime compiled or captured for a cell: `made` before the first call, `again` after it (0 where the cell
+    ran as it should), graph `breaks`, `seconds` it took, and the bytes of the graphs' memory pool (None: no pool)."""
+
+    made: int
+    again: int = 0
+    breaks: int = 0
+    seconds: float = 0.0
+    pool_bytes: int | None = None
+
+
 class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The physics of one cell: what one decode step at mid-output must move and compute, and how near we came.
 
     `roof_s`: the least time of the whole call on this device's peaks, null where peaks are unknown; `achieved`: roof
-    over measured median (0-1); `regime`: launch, bandwidth, compute, cache, or null with the reason in `why`.
+    over measured median (0-1); `regime`: launch, bandwidth, compute, cache, or null with the reason in `why`;
+    `ops_per_token`: how often one decode step calls each operation, by name.
     """
 
     decode_bytes: int
@@ -114,6 +126,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
     memory: Memory = Memory()
     telemetry: dict[str, Any] = {}
     bounds: Bounds | None = None
+    graphs: Graphs | None = None
     reason: str | None = None
     witness: str | None = None
     emulated: str | None = None

@@ -22,10 +22,10 @@ from functools import lru_cache
 
 import msgspec
 
+from bench import runtime_rows
 from bench.cells import LARGEST_BATCH
 from shortllama.shape import BlockShape, ModelShape, item_bytes
 
-CACHES = {"paper": "dynamic", "eager": "dynamic", "static": "static", "roofline": "static"}
 PAPER_KV_COPIES = 3
 PAPER_FIXED_BYTES = round(0.1 * (1 << 30))
 
@@ -88,7 +88,7 @@ def predict(
         return state.weights + kv_copies * batch * (prompt + output) * state.kv_token + PAPER_FIXED_BYTES
     full = batch * (prompt + output - 1) * state.kv_token
     prefill = transient_bytes(shape, dtype, batch, prompt)
-    if CACHES[runtime] == "static":
+    if runtime_rows.ROWS[runtime].cache == "static":
         return state.weights + full + prefill
     step = max(full // (2 * state.blocks), batch * (state.stream + state.logits))
     return state.weights + max(batch * prompt * state.kv_token + prefill, full + step)

@@ -11,10 +11,10 @@ from functools import lru_cache
 
 import msgspec
 
+from bench import runtime_rows
 from bench.cells import Cell
 from bench.devices import Device
 from bench.measurement import Bounds
-from bench.memory import CACHES
 from shortllama.shape import ModelShape
 
 LAUNCH_BOUND_SHARE = 0.25  # above this share of a step, launching kernels is what limits it
@@ -104,7 +104,7 @@ def moved_bytes(shape: ModelShape, cell: Cell, context: int) -> int:
     """
     cost = costs(shape, cell.dtype)
     token = cell.batch * cost.kv_token
-    if CACHES[cell.runtime] == "static":
+    if runtime_rows.ROWS[cell.runtime].cache == "static":
         return cost.weights + (cell.prompt + cell.output) * token  # every slot read, one written
     return cost.weights + (context + 1) * token + (2 * context + 1) * token
 

@@ -63,13 +63,16 @@ def of(group: Group, heard: Heard, probed: Heard | None, context: Context) -> Me
         row = msgspec.structs.replace(row, memory=memory)
     if result is None:
         return row
+    shape, cell, device = group.subject.shape, planned.cell, context.machine.device
+    bounds = physics.bounds(shape, cell, device, median(result.samples.call_s))
     return msgspec.structs.replace(
         row,
         samples=result.samples,
         warm_up=result.warm_up,
         stop=result.stop,
         tokens=result.tokens,
-        bounds=physics.bounds(group.subject.shape, planned.cell, context.machine.device, median(result.samples.call_s)),
+        bounds=msgspec.structs.replace(bounds, ops_per_token=result.operations),
+        graphs=result.graphs,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from bench import devices, environment, filters, quality, run_folder, runner, runtimes, schedule
+from bench import devices, environment, filters, quality, run_folder, runner, runtime_rows, runtimes, schedule
 from bench.cells import Cell, Suite, check_suite, read_suite, suite_path
 from bench.environment import Machine
 from bench.measurement import Measurement
@@ -129,6 +129,10 @@ def _check_device(suite: Suite, machine: Machine, dry_run: bool) -> None:
         known = ", ".join(devices.names())
         raise InputError(f"runtime roofline cannot simulate {machine.name}; name a --device it knows: {known}")
     real = [name for name in suite.runtimes if name not in runtimes.SIMULATED]
+    for name in real if machine.kind != "simulated" and not dry_run else ():
+        refusal = runtime_rows.refusal(name, machine.kind)
+        if refusal:
+            raise InputError(refusal)
     if machine.kind == "simulated" and real and not dry_run:
         raise InputError(
             f"device {machine.place} is simulated and runtime {real[0]} needs a real one; "

@@ -17,7 +17,7 @@ import msgspec
 
 from bench import budget, outcomes, runtimes, timing
 from bench.cells import Cell
-from bench.measurement import Memory, Samples
+from bench.measurement import Graphs, Memory, Samples
 from bench.runtimes.protocol import Call, Options, OutOfMemory, Session
 from bench.subjects import Subject
 from shortllama.shape import ModelShape
@@ -74,6 +74,8 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     stop: str | None = None
     tokens: int | None = None
     memory: Memory = Memory()
+    graphs: Graphs | None = None
+    operations: dict[str, int] | None = None
 
 
 class Broke(msgspec.Struct, frozen=True, tag=True):
@@ -126,7 +128,9 @@ def _run(job: Job, send: Send, place: list[int]) -> None:
         send(Began(index))
         start = time.perf_counter()
         session.prepare(cell.batch, cell.prompt, cell.output)
-        result = measure(job, session)
+        result = msgspec.structs.replace(measure(job, session), graphs=session.graphs())
+        if job.timing is not None:
+            result = msgspec.structs.replace(result, operations=session.operations())
         send(msgspec.structs.replace(result, index=index, wall_s=time.perf_counter() - start))
     session.close()
 

@@ -147,6 +147,7 @@ MISTAKES = [
     (["sweep", "SUITE", "--device", "rtx3090", "--cells", "batch==3"], "--cells"),
     (["sweep", "SUITE", "--device", "rtx3090", "--timeout", "0"], "--timeout"),
     (["sweep", "SUITE", "--device", "cuda:7"], "cuda:7"),
+    (["sweep", "SUITE", "--device", "cpu", "--runtime", "eager,cudagraph"], "cudagraph needs a CUDA device"),
     (["sweep", "SUITE", "--device", "rtx3090", "--out", "SUITE"], "is a file"),
     (["sweep", "SUITE", "--device", "rtx3090", "--out", "FOREIGN"], "not a run"),
     (["sweep", "SUITE", "--device", "rtx3090", "--out", "FOREIGN", "--resume"], "not a run"),

@@ -13,7 +13,10 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from bench.runtimes import MODULES, SIMULATED, load  # noqa: E402
+from bench.measurement import Graphs  # noqa: E402
+from bench.runtime_rows import ROWS, SIMULATED, refusal  # noqa: E402
+from bench.runtimes import cudagraph, load  # noqa: E402
+from bench.runtimes.compile import CompiledLoop  # noqa: E402
 from bench.runtimes.eager import Growing  # noqa: E402
 from bench.runtimes.loading import allocating, random_prompt  # noqa: E402
 from bench.runtimes.loop import Loop  # noqa: E402
@@ -33,6 +36,8 @@ def non_uniform(tiny: ModelShape) -> ModelShape:
     blocks = (BlockShape(8, 4, 96), BlockShape(2, 1, 33), BlockShape(6, 3, 64))
     return ModelShape(**{f: getattr(tiny, f) for f in tiny.__struct_fields__ if f != "blocks"}, blocks=blocks)
 
+
+needs_compiler = pytest.mark.skipif(bool(refusal("compile", "cpu")), reason=refusal("compile", "cpu") or "")
 
 SESSIONS: dict[str, Callable[..., Session]] = {
     "eager": lambda model: Loop(model, OPTIONS, Growing),
@@ -143,6 +148,153 @@ def test_no_step_reads_the_device(name: str, tiny_shape: ModelShape) -> None:
     assert counts[1] > counts[0]
 
 
+# -- compiled and captured steps --------------------------------------------------------------------------------------
+
+
+def captured_on_host(step: Callable[[], None], rewind: Callable[[], None], device: str) -> cudagraph.Captured:
+    """What `cudagraph.capture` does, on a device without graphs: warm up, rewind; a replay runs the step itself."""
+    for _ in range(cudagraph.WARM_UPS):
+        rewind()
+        step()
+    rewind()
+    return cudagraph.Captured(step, 123)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("output", [1, 2, 24])
+def test_replaying_a_step_produces_the_tokens_of_the_loop(uneven: bool, output: int, tiny_shape: ModelShape) -> None:
+    model = large_weights(non_uniform(tiny_shape) if uneven else tiny_shape)
+    session = cudagraph.CapturedLoop(model, OPTIONS, captured_on_host)
+    expected = SESSIONS["static"](model).generate(PROMPTS, output)
+    assert session.generate(PROMPTS, output) == expected
+    session.prepare(2, 6, 5)
+    session.probe()
+    first, second = session.call(), session.call()
+    assert (first.tokens, second.tokens, len(second.step_s)) == (10, 10, 4)
+    assert session.generate(PROMPTS, output) == expected, "what a cell left behind must not show in the next"
+
+
+def test_a_replay_that_does_nothing_is_noticed(tiny_shape: ModelShape) -> None:
+    def broken(step: Callable[[], None], rewind: Callable[[], None], device: str) -> cudagraph.Captured:
+        return cudagraph.Captured(lambda: None, 0)
+
+    session = cudagraph.CapturedLoop(large_weights(tiny_shape), OPTIONS, broken)
+    session.prepare(2, 6, 4)
+    with pytest.raises(AssertionError, match="6 tokens of the cell were never written"):
+        session.call()
+
+
+def test_captures_are_counted_with_their_memory(tiny_shape: ModelShape) -> None:
+    session = cudagraph.CapturedLoop(large_weights(tiny_shape), OPTIONS, captured_on_host)
+    for output, made in ((1, 0), (4, 1)):
+        session.prepare(1, 4, output)
+        session.call()
+        found = session.graphs()
+        assert found is not None
+        assert (found.made, found.again, found.pool_bytes) == (made, 0, 123 if made else None)
+
+
+def test_a_capture_warms_up_on_its_own_stream_and_records_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Named) -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            events.append(f"enter {self.name}")
+
+        def __exit__(self, *_: object) -> None:
+            events.append(f"leave {self.name}")
+
+    reserved = iter([1000, 1234])
+    fakes = {
+        "Stream": lambda device: Named("side"),
+        "current_stream": lambda device: Named("main"),
+        "stream": lambda stream: stream,
+        "synchronize": lambda device: events.append("synchronise"),
+        "memory_reserved": lambda device: next(reserved),
+        "CUDAGraph": lambda: type("Graph", (), {"replay": lambda self: events.append("replay")})(),
+        "graph": lambda graph: Named("capture"),
+        "device": lambda device: Named("device"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    found = cudagraph.capture(lambda: events.append("step"), lambda: events.append("rewind"), "cuda:0")
+    warm_up = ["rewind", "step"] * 3
+    assert events == [
+        "side waits for main", "enter side", *warm_up, "rewind", "leave side", "main waits for side", "synchronise",
+        "enter device", "enter capture", "step", "leave capture", "leave device",
+    ]  # fmt: skip
+    assert found.pool_bytes == 234
+    found.replay()
+    assert events[-1] == "replay"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_step_is_one_graph_and_produces_the_tokens_of_the_loop(tiny_shape: ModelShape) -> None:
+    model = large_weights(blocks_of(tiny_shape, 1))
+    session = CompiledLoop(model, OPTIONS)
+    try:
+        assert session.generate(PROMPTS, 9) == SESSIONS["static"](model).generate(PROMPTS, 9)
+        session.prepare(3, 5, 9)  # the batch and length that were compiled for: the compiler's cache answers
+        session.probe()
+        for _ in range(2):
+            assert session.call().tokens == 27
+        found = session.graphs()
+        assert found is not None
+        assert (found.made, found.again, found.breaks, found.pool_bytes) == (1, 0, 0, None)
+        assert found.seconds > 0
+        assert session.operations() is None
+        session.prepare(1, 5, 1)
+        assert (session.call().tokens, session.graphs()) == (1, Graphs(0))
+        session.prepare(3, 5, 9)
+        session._ids = session._ids[:1]  # a call of another batch than the one that was compiled for
+        session._caches = Preallocated(session._model.config, 13)
+        session.call()
+        found = session.graphs()
+        assert found is not None
+        assert (found.made, found.again > 0) == (1, True)
+    finally:
+        session.close()
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(tiny: ModelShape, count: int) -> ModelShape:
+    fields = {f: getattr(tiny, f) for f in tiny.__struct_fields__ if f != "blocks"}
+    return ModelShape(**fields, blocks=tiny.blocks[:1] * count)
+
+
+@pytest.mark.parametrize("name", [*SESSIONS, "cudagraph"])
+def test_operations_of_a_step_repeat_exactly_and_grow_by_the_block(name: str, tiny_shape: ModelShape) -> None:
+    make = SESSIONS.get(name, lambda model: cudagraph.CapturedLoop(model, OPTIONS, captured_on_host))
+    totals: list[int] = []
+    for blocks in (1, 2, 5):
+        seen = []
+        for batch in (1, 3):
+            session = make(large_weights(blocks_of(tiny_shape, blocks)))
+            session.prepare(batch, 6, 5)
+            session.call()
+            seen.append(session.operations())
+        assert seen[0] == seen[1], "counts do not depend on the batch"
+        assert sum(count for name, count in seen[0].items() if "scaled_dot_product" in name) == blocks
+        assert not {"view", "transpose", "_unsafe_view"} & seen[0].keys(), "views launch nothing"
+        totals.append(sum(seen[0].values()))
+    assert totals[2] - totals[1] == 3 * (totals[1] - totals[0]) > 0
+
+
+def test_a_cell_without_a_decode_step_has_no_operations(tiny_shape: ModelShape) -> None:
+    session = SESSIONS["static"](large_weights(tiny_shape))
+    session.prepare(1, 6, 1)
+    assert session.operations() is None
+
+
 def test_prompts_are_random_seeded_and_nested(tiny_shape: ModelShape) -> None:
     large = random_prompt(97, 8, 12, OPTIONS)
     assert torch.equal(random_prompt(97, 2, 12, OPTIONS), large[:2])
@@ -184,7 +336,7 @@ def test_other_failures_pass_through() -> None:
         fail()
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - SIMULATED))
+@pytest.mark.parametrize("name", sorted(set(ROWS) - SIMULATED - {"cudagraph"}))
 def test_a_session_opens_from_a_shape(name: str, tiny_shape: ModelShape) -> None:
     module = load(name)
     assert (module.NAME, module.SIMULATED) == (name, False)

@@ -135,7 +135,11 @@ def test_a_whole_call_fits_where_its_probe_does(monkeypatch: pytest.MonkeyPatch)
     probed = finished(in_child(job(*cells, limit_bytes=1024 * MIB)))
     whole = finished(in_child_calling(job(*cells, limit_bytes=1024 * MIB)))
     for index in (0, 1):
-        assert probed[index].memory.allocated == pytest.approx(whole[index].memory.allocated, rel=0.03)
+        assert probed[index].memory.allocated == pytest.approx(
+            whole[index].memory.allocated,
+            rel=0.03,
+            abs=3 * MIB,  # pages of code that run for the first time
+        )
 
 
 def in_child_calling(work: worker.Job) -> list[Any]:

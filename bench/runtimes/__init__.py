@@ -5,16 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-# Every runtime exports NAME, SIMULATED and open_session(subject, options): see `protocol`.
-MODULES = {
-    "paper": "bench.runtimes.paper",
-    "eager": "bench.runtimes.eager",
-    "static": "bench.runtimes.static",
-    "roofline": "bench.runtimes.roofline",
-}
-SIMULATED = frozenset({"roofline"})
+from bench import runtime_rows
+
+SIMULATED = runtime_rows.SIMULATED
 
 
 def load(name: str) -> ModuleType:
-    """Return the module of a runtime."""
-    return import_module(MODULES[name])
+    """Return the module of a runtime; it exports NAME, SIMULATED and open_session(subject, options): see `protocol`."""
+    return import_module(runtime_rows.ROWS[name].module)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from bench.measurement import Graphs
 from bench.runtimes.loading import allocating, random_prompt
 from bench.runtimes.marks import Marks, marks
+from bench.runtimes.operations import Counted
 from bench.runtimes.protocol import Call, Options
 
 if TYPE_CHECKING:
@@ -78,12 +80,12 @@ class Loop:
         timer = self._marks
         timer.start()
         produced = self._decode(cache, timer)
-        call = timer.finish(len(produced) * self._ids.shape[0])
+        call = timer.finish(sum(token.numel() for token in produced))
         self._check(produced)
         return call
 
     def _decode(self, cache: Cache, timer: Marks) -> list[torch.Tensor]:
-        """Return the new tokens, one (B, 1) tensor a step."""
+        """Return the new tokens, (B, any number) tensors in order."""
         token = self._step(cache, self._ids, self._prompt_positions)
         timer.mark()
         produced = [token]
@@ -113,8 +115,29 @@ class Loop:
         token = self._step(cache, self._ids, self._prompt_positions)
         if self._step_positions:
             self._caches.advance(cache, self._ids.shape[1] + len(self._step_positions) - 1)
-            token = self._step(cache, token, self._step_positions[-1])
+            token = self._last_step(cache, token)
         token.cpu()  # waits for the device
+
+    def _last_step(self, cache: Cache, token: torch.Tensor) -> torch.Tensor:
+        """Return the last token of the cell, whose cache holds all others but `token`."""
+        return self._step(cache, token, self._step_positions[-1])
+
+    def graphs(self) -> Graphs | None:
+        """Nothing is compiled or captured."""
+        return None
+
+    @allocating
+    @torch.inference_mode()
+    def operations(self) -> dict[str, int] | None:
+        """Return how often the first decode step of the cell calls each operation; None without a decode step."""
+        assert self._caches is not None, "prepare a cell first"
+        if not self._step_positions:
+            return None
+        cache = self._caches.fresh()
+        token = self._step(cache, self._ids, self._prompt_positions)
+        with Counted() as counted:
+            self._step(cache, token, self._step_positions[0])
+        return counted.by_name
 
     @allocating
     @torch.inference_mode()

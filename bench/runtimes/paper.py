@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from bench.measurement import Graphs
 from bench.runtimes import loading
 from bench.runtimes.loading import allocating, random_prompt
 from bench.runtimes.marks import marks
+from bench.runtimes.operations import Counted
 from bench.runtimes.protocol import Call, Options, Session
 from bench.subjects import Subject
 
@@ -79,15 +81,32 @@ class PaperSession:
         assert tuple(produced.shape) == expected, f"produced {tuple(produced.shape)} tokens, the cell asks {expected}"
         return call
 
-    def _sample(self) -> torch.Tensor:
+    def _sample(self, output: int | None = None) -> torch.Tensor:
         """Return the new tokens (B, L). The rest of what generate returns, its cache among it, is dropped here."""
-        options = GenerationConfig(do_sample=True, top_k=50, top_p=0.95, temperature=1.0, **_exactly(self._output))
+        options = GenerationConfig(
+            do_sample=True, top_k=50, top_p=0.95, temperature=1.0, **_exactly(output or self._output)
+        )
         out = self._model.generate(self._ids, attention_mask=torch.ones_like(self._ids), generation_config=options)
         return out.sequences[:, self._ids.shape[1] :]
 
     def probe(self) -> None:
         """Generate once: sampling has buffers of its own, which no shorter run would show."""
         self.call()
+
+    def graphs(self) -> Graphs | None:
+        """Nothing is compiled or captured."""
+        return None
+
+    @allocating
+    def operations(self) -> dict[str, int] | None:
+        """Return how often one more token calls each operation: a call of 3 tokens less one of 2, sampling included."""
+        counts: list[dict[str, int]] = []
+        for output in (2, 3):
+            with Counted() as counted:
+                self._sample(output)
+            counts.append(counted.by_name)
+        more = {name: count - counts[0].get(name, 0) for name, count in counts[1].items()}
+        return {name: count for name, count in more.items() if count}
 
     @allocating
     def generate(self, prompt_ids: list[list[int]], output: int) -> list[list[int]]:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import msgspec
 
+from bench.measurement import Graphs
+
 
 class Options(msgspec.Struct, frozen=True):
     """How to load: dtype and attention by name, device ("cpu", "cuda:0"), seed, compute threads, budget in bytes."""
@@ -53,6 +55,17 @@ class Session(Protocol):
 
     def probe(self) -> None:
         """Reach the cell's peak memory at the least cost: one prefill and one step at the last position."""
+        ...
+
+    def graphs(self) -> Graphs | None:
+        """Return what was compiled or captured for the prepared cell so far; None where this runtime does neither."""
+        ...
+
+    def operations(self) -> dict[str, int] | None:
+        """Return how often one decode step of the prepared cell calls each operation; None where none is called.
+
+        Runs a step of its own, outside any timed region; the cell must be prepared again before the next call.
+        """
         ...
 
     def generate(self, prompt_ids: list[list[int]], output: int) -> list[list[int]]:

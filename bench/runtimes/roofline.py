@@ -18,6 +18,7 @@ import msgspec
 from bench import memory, physics, prediction
 from bench.cells import Cell
 from bench.devices import Device, lookup
+from bench.measurement import Graphs
 from bench.runtimes.protocol import Call, Options, OutOfMemory
 from bench.subjects import Subject
 from shortllama import files
@@ -107,6 +108,14 @@ class RooflineSession:
         """Reach the cell's peak memory and advance the clock by one prefill and one step."""
         cell = self._reach_peak()
         self._now += self._prefill_s(cell) + self._step_s(cell, cell.prompt + cell.output - 2)
+
+    def graphs(self) -> Graphs | None:
+        """Nothing runs here."""
+        return None
+
+    def operations(self) -> dict[str, int] | None:
+        """Nothing runs here."""
+        return None
 
     def generate(self, prompt_ids: list[list[int]], output: int) -> list[list[int]]:
         """Return token ids that depend on the prompt alone: there is no model here, so they mean nothing."""
