@@ -47,7 +47,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     weight_decay: float = 0.0
     clip: float = 1.0
     rank: int | None = None
-    alpha: float | None = None
+    alpha: int | None = None
     dropout: float = 0.0
     temperature: float | None = None
     hidden: float | None = None
@@ -144,11 +144,17 @@ def scaled(recipe: Recipe, **changes: object) -> Recipe:
     return Recipe(recipe.name, tuple(_changed(stage, given) for stage in recipe.stages))
 
 
+def within(recipe: Recipe, positions: int | None) -> Recipe:
+    """Return `recipe` with no window longer than a model has positions for; None is no bound."""
+    stages = (msgspec.structs.replace(one, length=min(one.length, positions or one.length)) for one in recipe.stages)
+    return Recipe(recipe.name, tuple(stages))
+
+
 def _changed(stage: Stage, given: dict[str, object]) -> Stage:
     mine = {n: value for n, value in given.items() if n not in _READ_BY or getattr(stage, _READ_BY[n]) is not None}
     rank = mine.get("rank")
     if isinstance(rank, int) and stage.alpha is not None and stage.rank is not None:
-        mine["alpha"] = stage.alpha * rank / stage.rank
+        mine["alpha"] = max(1, stage.alpha * rank // stage.rank)
     if isinstance(batch := mine.get("batch"), int) and "micro_batch" not in mine:
         mine["micro_batch"] = min(stage.micro_batch, max(1, batch))
     return msgspec.structs.replace(stage, **mine)
