@@ -71,12 +71,13 @@ def load(
     data_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Return the calibration that `src` names: a text or JSONL file, `ids:FILE.jsonl`, a short name, or `self`.
+    """Return the calibration that `src` names: `self`, `ids:FILE.jsonl`, or any text source of `texts`.
 
     `samples` sequences of `length` tokens; ids are used exactly as given instead. `bos`: "document" puts one in front
     of each document, so that a window has it only where it begins the document (the published way); "every" puts it
     at the start of every window, within the length. Equal arguments give equal ids. Raises InputError for a source
-    that is missing, empty, malformed (with the line) or too short, and for text without a tokenizer.
+    that is missing, empty, malformed (with the line) or too short, and for text without a tokenizer; UnsupportedError
+    where the hub cannot be read.
     """
     if samples < 1 or length < 2:
         raise InputError(

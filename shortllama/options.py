@@ -36,7 +36,8 @@ Calibration = Annotated[
     str,
     typer.Option(
         metavar="SRC",
-        help="Text or JSONL file, ids:FILE.jsonl, a short name in --data-dir, or 'self' (sampled from the model).",
+        help="Text or JSONL file, ids:FILE.jsonl, a short name (wikitext2, ptb, c4, bookcorpus, alpaca: in --data-dir, "
+        "else on the hub), hf:NAME[:CONFIG[:SPLIT]], or 'self' (sampled from the model).",
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Number of calibration sequences.")]

@@ -1,8 +1,9 @@
-"""Documents and token ids from local files: what calibration and evaluation read. No torch, no tokenizer, no network.
+"""Documents and token ids, from files or the hub: what calibration and evaluation read. No torch, no tokenizer.
 
 SRC is a text file (documents separated by lines `<|endoftext|>`, else one document), a JSONL file (one document a
-line: a string or an object with "text"), `ids:FILE.jsonl`, or a short name with an optional split (`wikitext2:test`)
-that is looked up in the data folder. `self` is not a file and is answered by `calibration`.
+line: a string or an object with "text"), `ids:FILE.jsonl`, `hf:NAME[:CONFIG[:SPLIT]]` (see `hub`), or a short name
+with an optional split (`wikitext2:test`) that is looked up in the data folder, and on the hub where that has none and
+the name is one of `hub.DATA_SETS`. `self` is not a file and is answered by `calibration`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 import msgspec
 
-from shortllama import files
-from shortllama.errors import InputError, UnsupportedError
+from shortllama import files, hub
+from shortllama.errors import InputError
 
 IDS = "ids:"
-HUB = "hf:"
+HUB = hub.PREFIX
 SUFFIXES = (".jsonl", ".txt", ".raw")
 DATA_VARIABLE = "SHORTLLAMA_DATA"
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
@@ -34,15 +35,39 @@ class Documents(msgspec.Struct, frozen=True):
     split: str | None = None
 
 
-def read_documents(src: str, data_dir: Path | None = None) -> Documents:
-    """Return the documents that `src` names. Raises InputError for what is missing, empty, or not text."""
-    if src.startswith(HUB):
-        raise UnsupportedError(f"text source {src!r}: data sets are not fetched; save its text to a file and give that")
-    paths, name, split = locate(src, data_dir)
-    texts = tuple(text for path in paths for text in _read_file(path))
+def read_documents(src: str, data_dir: Path | None = None, use: hub.Use = "calibration") -> Documents:
+    """Return the documents that `src` names. `use` chooses the split of a data set on the hub where none is named.
+
+    Raises InputError for what is missing, empty, or not text, UnsupportedError where the hub cannot be read.
+    """
+    asked = hub.parse(src, use) if on_hub(src, data_dir) else None
+    if asked is not None:
+        folder = None if src.startswith(HUB) else data_folder(data_dir)
+        if folder is not None:
+            asked = msgspec.structs.replace(asked, called=f"{asked.called}, which {folder} does not hold")
+        name, texts = hub.read(asked)
+        split = asked.split
+    else:
+        paths, name, split = locate(src, data_dir)
+        texts = tuple(text for path in paths for text in _read_file(path))
     if not texts:
         raise InputError(f"{src}: holds no text; give a file with some")
     return Documents(name, texts, split)
+
+
+def on_hub(src: str, data_dir: Path | None = None, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+    """Whether `src` is read from the hub: `hf:`, or a short name of a data set that the data folder does not hold."""
+    if src.startswith(HUB):
+        return True
+    folder = data_folder(data_dir)
+    name, _, split = src.partition(":")
+    held = Path(src).is_file() or (folder is not None and bool(_in_folder(folder, name, split, suffixes)))
+    return name in hub.DATA_SETS and not held
+
+
+def data_folder(data_dir: Path | None) -> Path | None:
+    """Return the folder that short names are looked up in: the one given, else $SHORTLLAMA_DATA, else None."""
+    return data_dir or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
 
 
 def locate(src: str, data_dir: Path | None, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], str, str | None]:
@@ -51,7 +76,7 @@ def locate(src: str, data_dir: Path | None, suffixes: tuple[str, ...] = SUFFIXES
     if path.is_file():
         return [path], path.name, None
     name, _, split = src.partition(":")
-    folder = data_dir or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+    folder = data_folder(data_dir)
     if path.exists() or "/" in src or path.suffix in suffixes:
         kind = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"text source {src!r}: {kind}; give a text or JSONL file, ids:FILE.jsonl, or 'self'")
