@@ -151,6 +151,7 @@ class _Sweep:
     def group(self, group: Group) -> None:
         """Run the cells of a group that have no row yet."""
         self._imply(group)
+        self._rule_out(group)
         peaks: dict[str, Heard] = {}
         if self._settings.machine.kind == "cpu" and group.key.runtime not in runtimes.SIMULATED:
             with closing(self._pass(group, self._left(group), memory=True)) as heards:
@@ -168,6 +169,13 @@ class _Sweep:
 
     def _left(self, group: Group) -> list[Planned]:
         return [one for one in group.cells if one.cell_id not in self.rows]
+
+    def _rule_out(self, group: Group) -> None:
+        """Write the row of the first cell of a group whose weights alone exceed its memory: no child need try."""
+        said = schedule.impossible(group)
+        for planned in self._left(group)[:1] if said else ():
+            self._write(rows.without_result(group, planned, Verdict("oom", said or ""), self._context(group)))
+        self._imply(group)
 
     def _imply(self, group: Group) -> None:
         """Write the rows of cells that an out-of-memory cell implies."""

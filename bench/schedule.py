@@ -149,6 +149,18 @@ def _ordered(suite: Suite, groups: list[Group]) -> list[Group]:
     return ordered
 
 
+def impossible(group: Group) -> str | None:
+    """Return why no cell of a group can fit, in words: its weights alone exceed its memory. None where they do not."""
+    weights = group.subject.shape.weight_bytes(group.key.dtype)
+    if weights <= group.limit_bytes:
+        return None
+    where = "the device" if group.key.budget == "none" else f"the budget {group.key.budget}"
+    return (
+        f"the weights of {group.subject.name} in {group.key.dtype} are {weights / (1 << 30):.2f} GiB, "
+        f"{where} has {group.limit_bytes / (1 << 30):.2f} GiB"
+    )
+
+
 # -- out of memory, implied --------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,7 @@ def sweep(
     machine = environment.machine(device)
     _check_device(chosen, machine, dry_run)
     plan = schedule.plan(chosen, machine.device, keep=filters.parse(cells) if cells else None)
+    _check_fits(plan)
     if dry_run:
         _show(plan, as_json)
         return 0
@@ -138,6 +139,14 @@ def _check_device(suite: Suite, machine: Machine, dry_run: bool) -> None:
             f"device {machine.place} is simulated and runtime {real[0]} needs a real one; "
             "give --runtime roofline, or --dry-run for predictions"
         )
+
+
+def _check_fits(plan: Schedule) -> None:
+    """Some subjects may be too large for a budget, and get their rows; where all are, nothing would be measured."""
+    if all(schedule.impossible(group) for group in plan.groups):
+        least = min(plan.groups, key=lambda group: group.subject.shape.weight_bytes(group.key.dtype))
+        reason = schedule.impossible(least)
+        raise InputError(f"nothing would be measured: {reason}; raise --budget, or choose smaller subjects")
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ MISTAKES = [
     (["sweep", "SUITE", "--device", "rtx3090", "--runtime", "eager"], "--runtime roofline"),
     (["sweep", "SUITE", "--device", "rtx3090", "--runtime", "fast"], "unknown runtime 'fast'"),
     (["sweep", "SUITE", "--device", "rtx3090", "--budget", "24GB"], "24GiB"),
+    (["sweep", "SUITE", "--device", "rtx3090", "--budget", "4GiB"], "10.19 GiB, the budget 4GiB has 4.00 GiB"),
     (["sweep", "SUITE", "--device", "rtx3090", "--timing", "quick"], "unknown timing 'quick'"),
     (["sweep", "SUITE", "--device", "rtx3090", "--cells", "batch=1"], "--cells"),
     (["sweep", "SUITE", "--device", "rtx3090", "--cells", "batch==3"], "--cells"),

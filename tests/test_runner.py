@@ -110,7 +110,10 @@ def test_a_budget_too_small_for_the_weights_leaves_one_witness(tmp_path: Path) -
     sweep.run()
     assert sweep.outcomes() == {1: "oom", 2: "oom-implied", 4: "oom-implied", 8: "oom-implied"}
     assert store.read(tmp_path).frontiers[0].largest_batch == 0
-    assert "4GiB on a simulated" in (sweep.rows()[0].emulated or "")
+    witness = next(row for row in sweep.rows() if row.outcome == "oom")
+    assert "4GiB on a simulated" in (witness.emulated or "")
+    assert (witness.session.id, witness.wall_s) == ("", None), "no child was started to find out"
+    assert "are 12.55 GiB, the budget 4GiB has 4.00 GiB" in (witness.reason or "")
 
 
 @pytest.mark.parametrize(
