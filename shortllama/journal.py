@@ -1,9 +1,9 @@
 """What a long scoring has finished, kept beside its output, so that a run that was killed goes on where it was.
 
 Two files. `OUT.partial.jsonl`: the key (all that decides the values), then one finished value a line, append-only; a
-last line that was torn by the kill is cut. `OUT.partial.safetensors`: the tensors that flow from block to block (what
-Taylor carries backward, what wanda-sp feeds on), replaced as a whole. Both go once the output is written. It must not
-know criteria; a journal without a file keeps nothing, so that criteria need not ask.
+last line that was torn by the kill is cut. `OUT.partial.tensors`: what flows from block to block (what Taylor carries
+backward, what wanda-sp feeds on), replaced as a whole: a line of JSON, then the tensors' bytes. Both go once the output
+is written. It must not know criteria; a journal without a file keeps nothing, so that criteria need not ask.
 
 Only the process's own death is guarded against: lines are handed to the system, not flushed to the disk.
 Schema history: shortllama.journal/1: first.
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "shortllama.journal/1"
 SUFFIX = ".partial.jsonl"
-_TENSORS = ".partial.safetensors"
+_TENSORS = ".partial.tensors"
 
 # Tensors are written when this many times as long has passed as writing them took: at most 5 % of the time goes there.
 PATIENCE = 20.0
@@ -120,26 +120,27 @@ class Journal:
         assert self.store is not None
         return None if self.store.meter is None else joined(self.store.spent, self.store.meter())
 
-    def carry(self, mark: int, make: Callable[[], Sequence[Tensor]]) -> None:
-        """Keep the tensors that `make` returns in place of those before, under a number, unless it is too early again.
+    def carry(self, mark: int, make: Callable[[], Iterable[Tensor]]) -> None:
+        """Keep the tensors that `make` yields in place of those before, under a number, unless it is too early again.
 
-        Values that belong to the time before them must be kept first.
+        One tensor at a time is in memory. Values of what came before them must be kept first.
         """
-        if self.store is None:
+        if self.store is None or not self.store.begun:
             return
         last, took = self.store.written
         start = time.monotonic()
         if start - last < PATIENCE * took:
             return
         _write_tensors(self.store, self.prefix, mark, make())
-        self.store.written = (time.monotonic(), time.monotonic() - start)
+        end = time.monotonic()
+        self.store.written = end, end - start
 
-    def carried(self) -> tuple[int, list[Tensor]] | None:
+    def carried(self) -> tuple[int, Iterator[Tensor]] | None:
         """Return the number and the tensors (on the CPU) that were carried last in this part, None without any."""
         return None if self.store is None or not self.store.begun else _read_tensors(self.store, self.prefix)
 
 
-def open_journal(path: Path, key: Mapping[str, Any], note: Callable[[str], None]) -> Journal:
+def resume(path: Path, key: Mapping[str, Any], note: Callable[[str], None]) -> Journal:
     """Return the journal at `path`, going on with it where its key equals `key`; `note` is told what was found.
 
     The file itself appears with the first value. Raises InputError for a file that is none of ours.
@@ -187,28 +188,52 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], Cost | None, int]
         ) from error
 
 
-def _write_tensors(store: _Store, prefix: str, mark: int, tensors: Sequence[Tensor]) -> None:
-    from safetensors.torch import save_file
-
+def _write_tensors(store: _Store, prefix: str, mark: int, tensors: Iterable[Tensor]) -> None:
     path = _tensors_of(store.path)
     temporary = path.with_name(f".{path.name}.tmp")
-    named = {str(number): tensor.detach().contiguous() for number, tensor in enumerate(tensors)}
+    about = {"key": store.digest, "part": prefix, "mark": mark}
     try:
-        save_file(named, temporary, metadata={"key": store.digest, "part": prefix, "mark": str(mark)})
+        with temporary.open("wb") as file:
+            file.write(_line(about))
+            for tensor in tensors:
+                file.write(_line({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}))
+                file.write(_bytes(tensor.detach().cpu().contiguous()))
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def _read_tensors(store: _Store, prefix: str) -> tuple[int, list[Tensor]] | None:
-    from safetensors import SafetensorError, safe_open
-
+def _read_tensors(store: _Store, prefix: str) -> tuple[int, Iterator[Tensor]] | None:
+    """Return the mark and the tensors, which are read as they are taken; None where there are none of this part."""
+    path = _tensors_of(store.path)
     try:
-        with safe_open(_tensors_of(store.path), "pt") as file:
-            about = file.metadata() or {}
-            if (about.get("key"), about.get("part")) != (store.digest, prefix):
-                return None
-            return int(about["mark"]), [file.get_tensor(str(number)) for number in range(len(file.keys()))]
-    except (FileNotFoundError, SafetensorError):
+        with path.open("rb") as file:
+            about = json.loads(file.readline())
+            start = file.tell()
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read; remove it with {store.path} to start anew") from error
+    if (about["key"], about["part"]) != (store.digest, prefix):
+        return None
+    return about["mark"], _tensors(path, start)
+
+
+def _tensors(path: Path, start: int) -> Iterator[Tensor]:
+    import torch
+
+    with path.open("rb") as file:
+        file.seek(start)
+        while line := file.readline():
+            about = json.loads(line)
+            tensor = torch.empty(about["shape"], dtype=getattr(torch, about["dtype"]))
+            file.readinto(_bytes(tensor))
+            yield tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    import torch
+
+    return tensor.view(-1).view(torch.uint8).numpy().data.cast("B")

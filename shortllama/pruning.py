@@ -6,15 +6,16 @@ Importing this loads no torch; the verbs do, once all that can be refused withou
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shortllama import catalogue, criteria, methods, planning, plans, presets, removals, sources
+from shortllama import catalogue, criteria, files, methods, planning, plans, presets, removals, sources
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.evaluation.results import Perplexity, Quality
+from shortllama.journal import resume
 from shortllama.plans import Plan, Target
 from shortllama.removals import Goal, Unit
 from shortllama.scores import Scores
@@ -76,16 +77,18 @@ def choose(
     *,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
+    journal: Path | None = None,
 ) -> tuple[Plan, Scores | None]:
     """Return the plan of `choice` for a model, and the scores it was made from: those given, else by scoring it first.
 
     A shape without weights gets a blind plan. `progress(what, done, total)` is called while a model is scored, and
-    `note(sentence)` for what the user should know about the plan.
+    `note(sentence)` for what the user should know about the plan. `journal`: where scoring keeps what is finished.
     Raises InputError for anything that cannot be done, before loading the model.
     """
     towards = _outlook(source, choice)
     if scores is None and source.folder is not None:
-        scores = _score_for(source, choice, scoring, towards, progress)
+        kept: dict[str, Any] = {"progress": progress, "journal": journal, "note": note}
+        scores = _score_for(source, choice, scoring, towards, kept)
     made = _plan(source, choice, scores, None if scores is None else scoring.seed)
     for remark in _remarks(source.shape, choice, made, scores):
         if note is not None and remark:
@@ -108,18 +111,17 @@ def from_preset(
 
 
 def _score_for(
-    source: Source, choice: Choice, scoring: Scoring, towards: ModelShape | None, progress: Progress | None
+    source: Source, choice: Choice, scoring: Scoring, towards: ModelShape | None, how: dict[str, Any]
 ) -> Scores:
     """Score a model towards the shape that it will have, or step by step until the target is settled."""
     criterion = methods.lookup(choice.method).criterion
     if not choice.iterative:
-        how = {"unit": choice.unit, "towards": towards, "variant": choice.variant}
-        return score(source, criterion, scoring, **how, progress=progress)
+        return score(source, criterion, scoring, unit=choice.unit, towards=towards, variant=choice.variant, **how)
     goal = planning.goal_for(
         choice.method, shape=source.shape, target=choice.target, unit=choice.unit, at_most=choice.at_most
     )
     steps = Steps(goal, _protection(choice))
-    return score(source, criterion, scoring, unit=choice.unit, steps=steps, progress=progress)
+    return score(source, criterion, scoring, unit=choice.unit, steps=steps, **how)
 
 
 def _protection(choice: Choice) -> tuple[int, int]:
@@ -182,33 +184,48 @@ def score(
     towards: ModelShape | None = None,
     variant: Variant | None = None,
     progress: Progress | None = None,
+    journal: Path | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Scores:
-    """Return the scores of a named model by a criterion; loads it, and its calibration where that is needed.
+    """Return the scores of a named model by a criterion; see `score_all`."""
+    how: dict[str, Any] = {"unit": unit, "steps": steps, "towards": towards, "variant": variant}
+    journals = {} if journal is None else {criterion: journal}
+    return score_all(source, (criterion,), scoring, **how, progress=progress, journals=journals, note=note)[criterion]
+
+
+def score_all(
+    source: Source,
+    names: Sequence[str],
+    scoring: Scoring,
+    *,
+    unit: Unit | None = None,
+    steps: Steps | None = None,
+    towards: ModelShape | None = None,
+    variant: Variant | None = None,
+    progress: Progress | None = None,
+    journals: Mapping[str, Path] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, Scores]:
+    """Return the scores of a named model by each criterion; loads it, and its calibration where one needs that, once.
 
     `unit` "module" scores attention and FFNs apart. `steps`: score what is left again after each removal. `towards`:
-    the shape it will be pruned to, for criteria that depend on it. `variant`: what a width method measures. Raises
-    InputError for a shape without weights where the criterion reads them.
+    the shape it will be pruned to, for criteria that depend on it. `variant`: what a width method measures. All hold
+    for every criterion. `journals`: a file for each criterion that keeps what is finished, so that a run with equal
+    arguments goes on after a kill (`journal`); they stay, to be discarded once the scores are safe. `note` is told
+    when one is gone on with. Raises InputError for a shape without weights where a criterion reads them.
     """
-    chosen = criteria.lookup(criterion)
-    criteria.check(chosen, unit, scoring.reductions, iterative=steps is not None)
-    (variant or Variant()).check_measured(criterion)
-    needs = criteria.needs(chosen, variant)
-    if needs != "nothing" and source.folder is None:
-        raise InputError(
-            f"{source.name} is a shape without weights, and criterion {criterion} reads them; "
-            "give a folder, a hub id or 'reference' (shortllama plan makes blind plans of shapes)"
-        )
+    needs = {name: _needs(source, name, scoring, unit, variant, iterative=steps is not None) for name in names}
     from shortllama import calibration, surgery
     from shortllama import scoring as engine
 
     report = progress or _silent
     device = compute_device(scoring.device)
-    if needs == "nothing":
+    if set(needs.values()) == {"nothing"}:
         model, tokenizer = surgery.build(source.shape, device="meta"), None
     else:
         model, tokenizer = load(source, device=device, trust_remote_code=scoring.trust_remote_code)
     used = None
-    if needs == "calibration":
+    if "calibration" in needs.values():
         used = calibration.load(
             scoring.calibration,
             tokenizer=tokenizer,
@@ -219,15 +236,67 @@ def score(
             data_dir=scoring.data_dir,
             progress=lambda done, total: report("calibration", done, total),
         )
-    how: dict[str, Any] = {
-        "unit": unit,
-        "seed": scoring.seed,
-        "reductions": scoring.reductions,
-        "progress": lambda done, total: report(f"{criterion} scores", done, total),
+    asked = {"unit": unit, "variant": variant, "reductions": scoring.reductions, "seed": scoring.seed, "steps": steps}
+    asked |= {"towards": towards, "calibration": used and used.description["digest"], "device": str(model.device)}
+    begun = {
+        name: resume(path, _key(source, model, {"criterion": name, **asked}), note or (lambda _: None))
+        for name, path in (journals or {}).items()
+        if needs[name] != "nothing"
     }
-    if steps is not None:
-        return engine.iterate(model, criterion, used, goal=steps.goal, protect=steps.protect, **how)
-    return engine.score(model, criterion, used, towards=towards, variant=variant, **how)
+    how: dict[str, Any] = {"unit": unit, "seed": scoring.seed, "reductions": scoring.reductions}
+
+    def told(label: str) -> Callable[[int, int], None]:
+        return lambda done, total: report(f"{label} scores", done, total)
+
+    if steps is None:
+        how |= {"towards": towards, "variant": variant, "progress": told(", ".join(needs)), "journals": begun}
+        return engine.score_all(model, tuple(needs), used, **how)
+    goal: dict[str, Any] = {"goal": steps.goal, "protect": steps.protect}
+    return {
+        name: engine.iterate(model, name, used, **goal, **how, progress=told(name), journal=begun.get(name))
+        for name in needs
+    }
+
+
+def _needs(
+    source: Source,
+    name: str,
+    scoring: Scoring,
+    unit: Unit | None,
+    variant: Variant | None,
+    *,
+    iterative: bool,
+) -> str:
+    """Return what a criterion reads, after checking all that can be checked before loading the model."""
+    chosen = criteria.lookup(name)
+    criteria.check(chosen, unit, scoring.reductions, iterative=iterative)
+    (variant or Variant()).check_measured(name)
+    needs = criteria.needs(chosen, variant)
+    if needs != "nothing" and source.folder is None:
+        raise InputError(
+            f"{source.name} is a shape without weights, and criterion {name} reads them; "
+            "give a folder, a hub id or 'reference' (shortllama plan makes blind plans of shapes)"
+        )
+    return needs
+
+
+def _key(source: Source, model: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return all that decides scores on one machine: the model's files, what was asked, and the software.
+
+    Weight files count by name, size and time of change: reading them to the last byte again would cost what it saves.
+    """
+    import torch
+    import transformers
+
+    from shortllama import checkpoint
+
+    folder = sources.fetch(source)
+    stats = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    identity = {"config": msgspec.json.decode(files.read_bytes(folder / "config.json"))}
+    identity |= {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    versions = {"shortllama": checkpoint.package_version(), "torch": torch.__version__}
+    versions |= {"transformers": transformers.__version__}
+    return msgspec.to_builtins({"model": identity, "dtype": str(model.dtype), "versions": versions, **asked})
 
 
 def write(source: Source, plan: Plan, out: Path, *, scores: Scores | None = None) -> Manifest:
