@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from shortllama.commands import groups, measuring, planning, shapes, writing
+from shortllama.commands import groups, measuring, planning, retraining, shapes, writing
 
 # In the order of `--help`: the name, the verb, an example of it.
 VERBS: list[tuple[str, Callable[..., None], str]] = [
@@ -19,6 +19,7 @@ VERBS: list[tuple[str, Callable[..., None], str]] = [
     ("prune", writing.prune, "reference --method ppl --ratio 0.25 --out pruned"),
     ("verify", writing.verify, "pruned --against reference"),
     ("export", writing.export, "pruned --to padded --out uniform"),
+    ("retrain", retraining.retrain, "pruned --recipe lora --data alpaca.json --out retrained"),
     ("eval", measuring.evaluate, "pruned --ppl wikitext2 --ppl book.txt --out quality.json"),
 ]
 

@@ -5,7 +5,7 @@ Documents are what --json prints. Numbers keep SI base units until the last mome
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:
     from shortllama.exporting import Export
+    from shortllama.retraining.named import Told
+    from shortllama.retraining.record import Record
     from shortllama.verification import Report
 
 # Context at which a decode step is priced: the paper's prompt of 12 tokens and half of its 128 new ones.
@@ -280,3 +282,48 @@ def show_report(report: Report) -> None:
     fits = [(fit.engine, "yes" if fit.can else "no", fit.why) for fit in report.engines]
     if fits:
         table(("engine ", "takes it ", "how, or why not "), fits)
+
+
+# -- retraining -------------------------------------------------------------------------------------------------------
+
+
+def tell_retraining(told: Told, say: Callable[[str], None]) -> None:
+    """Say what each stage will learn from and hold in memory, before it starts."""
+    for number, (stage, data, need) in enumerate(zip(told.recipe.stages, told.data, told.estimates, strict=True), 1):
+        skipped = f", {data.skipped} skipped (their prompts fill {stage.length} tokens)" if data.skipped else ""
+        say(
+            f"stage {number} of {told.recipe.name}: {data.examples - data.held_out} {data.kind} examples of "
+            f"{data.source}, {data.held_out} held out{skipped}; "
+            f"{stage.steps_over(data.examples - data.held_out)} steps of {stage.batch}, in {stage.dtype}"
+        )
+        teacher = f", teacher {size(need.teacher)}" if need.teacher else ""
+        say(
+            f"memory: about {size(need.total)} (weights {size(need.weights)}, gradients and optimizer "
+            f"{size(need.training)}, kept for backward {size(need.kept)}, logits {size(need.logits)}{teacher}); "
+            f"{size(told.free)} are free"
+        )
+        if need.total > told.free:
+            say("note: that may not fit; lower --micro-batch or --length, or give --checkpointing")
+
+
+def show_retraining(record: Record) -> None:
+    """Print what a checkpoint was retrained on, one row a stage."""
+    rows = []
+    for done in record.stages:
+        first, last = (f"{one.nll:.4f}" for one in (done.held_out[0], done.held_out[-1])) if done.held_out else "--"
+        refused = sum(loss is None for loss in done.losses)
+        peak = "-" if done.cost.peak_bytes is None else size(done.cost.peak_bytes)
+        rows.append(
+            (
+                done.recipe,
+                f"{done.data.source} ({done.data.kind}, {done.data.examples:,})",
+                f"{len(done.losses):,}" + (f" ({refused} refused)" if refused else ""),
+                f"{done.cost.tokens:,}",
+                count(done.trained_parameters),
+                f"{first} -> {last}",
+                f"{done.cost.wall_s:,.0f} s",
+                peak,
+            )
+        )
+    columns = ("retrained ", "data ", "steps", "tokens", "trained", "held-out loss", "time", "peak memory")
+    table(columns, rows)

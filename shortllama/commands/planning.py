@@ -13,6 +13,7 @@ from shortllama.commands import groups
 from shortllama.difference import difference
 from shortllama.errors import InputError
 from shortllama.plans import Plan
+from shortllama.retraining import record as retraining
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 from shortllama.sources import Source
@@ -105,20 +106,24 @@ def _deliver(made: Plan, base: ModelShape, out: Path | None, as_json: bool) -> N
 
 
 def show(path: PlanPath, as_json: options.Json = False) -> None:
-    """Show what a plan keeps, or what a checkpoint folder holds: its plan, shape and costs."""
+    """Show what a plan keeps, or what a checkpoint folder holds: its plan, shape, costs and retraining."""
     shape = sources.from_folder(str(path), path).shape if path.is_dir() else None
     held = plans.read_plan(path) if shape is None or (path / "plan.json").exists() else None
     base = pruning.base_at_hand(held) if held else None
+    taught = retraining.read(path) if path.is_dir() else None
     if shape is None and base is not None and held is not None:
         shape = plans.shape_of(held, base)
     if as_json:
         described = display.shape_document(str(path), shape, "float16") if shape else None
-        console.emit({"plan": held, "shape": described, "base_parameters": base.parameters if base else None})
+        counted = base.parameters if base else None
+        console.emit({"plan": held, "shape": described, "base_parameters": counted, "retraining": taught})
         return
     if held is not None:
         display.show_plan(held, base)
     if shape is not None:
         display.show_shape(str(path), shape, "float16")
+    if taught is not None:
+        display.show_retraining(taught)
 
 
 def diff(a: PlanPath, b: PlanPath, as_json: options.Json = False) -> None:

@@ -71,7 +71,7 @@ def _write(source: Source, made: Plan, scores: Scores | None, out: Path, as_json
         console.emit({"folder": str(out), "plan": made, "manifest": manifest, "verification": report})
     else:
         display.show_report(report)
-    _require(report)
+    require(report)
     console.say(f"wrote {out}, verified")
 
 
@@ -90,7 +90,7 @@ def verify(
         console.emit(report)
     else:
         display.show_report(report)
-    _require(report)
+    require(report)
 
 
 def export(
@@ -120,10 +120,10 @@ def export(
         if report is not None:
             display.show_report(report)
     if report is not None:
-        _require(report)
+        require(report)
 
 
-def _require(report: Report) -> None:
+def require(report: Report) -> None:
     """Raise VerificationError where a check failed. The folder stays, to be looked into."""
     if not report.ok:
         raise VerificationError(f"{report.folder} is not what it should be, do not use it: {report.failures}")

@@ -183,7 +183,7 @@ class _Run:
             trained_parameters=count,
             processes=self.team.size,
             device=_device_name(self.device),
-            torch=torch.__version__,
+            torch=str(torch.__version__),
             teacher=self.teacher.name if self.teacher else None,
         )
 
