@@ -78,6 +78,11 @@ def say(message: str) -> None:
     sys.stderr.write(f"{message}\n")
 
 
+def note(message: str) -> None:
+    """Write one line that the user should know about to stderr."""
+    say(f"note: {message}")
+
+
 @contextmanager
 def progress(*columns: Any) -> Generator[Progress]:
     """Yield a rich progress display on stderr; silent where stderr is not a terminal."""

@@ -102,6 +102,7 @@ class Journal:
             return
         head = b"" if self.store.begun else _line({"schema": SCHEMA, "key": self.store.key})
         try:
+            self.store.path.parent.mkdir(exist_ok=True)
             with self.store.path.open("ab" if self.store.begun else "wb") as file:
                 file.write(head + line)
         except OSError as error:

@@ -28,7 +28,12 @@ Device = Annotated[
     typer.Option(metavar="cpu|cuda:N", help="Where to compute. Default: the first CUDA device, else the CPU."),
 ]
 
-Criterion = Annotated[str, typer.Option(help=f"What to measure: {', '.join(criteria.CRITERIA)}.", show_default=False)]
+Criterion = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[,NAME...]", help=f"What to measure: {', '.join(criteria.CRITERIA)}.", show_default=False
+    ),
+]
 
 # -- calibration: what `score` takes, and `plan` and `prune` where they score first -----------------------------------
 

@@ -294,7 +294,7 @@ def _key(source: Source, model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     stats = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
     identity = {"config": msgspec.json.decode(files.read_bytes(folder / "config.json"))}
     identity |= {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    versions = {"shortllama": checkpoint.package_version(), "torch": torch.__version__}
+    versions = {"shortllama": checkpoint.package_version(), "torch": str(torch.__version__)}
     versions |= {"transformers": transformers.__version__}
     return msgspec.to_builtins({"model": identity, "dtype": str(model.dtype), "versions": versions, **asked})
 
