@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shortllama import texts
+from shortllama import families, texts
 from shortllama.errors import InputError
 
 SELF = "self"
@@ -67,7 +67,7 @@ def load(
     samples: int = DEFAULT_SAMPLES,
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
-    bos: Bos = "document",
+    bos: Bos | None = None,
     data_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -75,7 +75,8 @@ def load(
 
     `samples` sequences of `length` tokens; ids are used exactly as given instead. `bos`: "document" puts one in front
     of each document, so that a window has it only where it begins the document (the published way); "every" puts it
-    at the start of every window, within the length. Equal arguments give equal ids. Raises InputError for a source
+    at the start of every window, within the length; None is "every" for a `model` whose family needs one, else
+    "document". Equal arguments give equal ids. Raises InputError for a source
     that is missing, empty, malformed (with the line) or too short, and for text without a tokenizer; UnsupportedError
     where the hub cannot be read.
     """
@@ -91,15 +92,20 @@ def load(
     documents = texts.read_documents(src, data_dir)
     tokenize = tokenize_with(tokenizer, documents.name)
     marker = bos_id(tokenizer)
-    if bos == "every" and marker is None:
-        raise InputError(f"{documents.name}: this tokenizer has no BOS token to begin every window with")
+    policy: Bos = bos or ("every" if needs_bos(model) else "document")
+    if policy == "every" and marker is None:
+        who = f"{model.config.model_type} models need" if bos is None else "every window is to have"
+        raise InputError(
+            f"{documents.name}: {who} a BOS token in front, and this tokenizer has none; set bos_token in the "
+            "tokenizer's files, or use ids:FILE.jsonl that has it"
+        )
     prefix = [] if marker is None else [marker]
-    if bos == "document":
+    if policy == "document":
         windows = draw_windows(documents, lambda text: [*prefix, *tokenize(text)], samples, length, seed)
     else:
         bare = draw_windows(documents, tokenize, samples, length, seed)
         windows = [np.array([*prefix, *window[:-1]]) for window in bare]
-    return describe(windows, documents.name, seed=seed, bos=bos)
+    return describe(windows, documents.name, seed=seed, bos=policy)
 
 
 def describe(
@@ -152,6 +158,12 @@ def bos_id(tokenizer: Any, model: Any = None) -> int | None:
         if found is not None:
             return int(found)
     return None
+
+
+def needs_bos(model: Any) -> bool:
+    """Whether the family of a model needs a BOS in front of everything; False without a model."""
+    family = families.FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return family is not None and family.needs_bos
 
 
 def draw_windows(

@@ -253,8 +253,27 @@ def test_what_is_missing_is_named(tmp_path, book, letters, monkeypatch):
             calibration.load(**arguments)
         assert expected in one_line(error), arguments
     letters.bos_token_id = None
-    with pytest.raises(InputError, match="no BOS token to begin every window with"):
+    with pytest.raises(InputError, match="every window is to have a BOS token in front, and this tokenizer has none"):
         calibration.load(str(book), tokenizer=letters, samples=1, length=8, bos="every")
+
+
+@pytest.mark.parametrize(("family", "policy"), [("llama", "document"), ("gemma2", "every"), ("gemma3_text", "every")])
+def test_a_family_that_needs_a_bos_gets_it_in_every_window(book, letters, family: str, policy: str):
+    model = SimpleNamespace(config=SimpleNamespace(model_type=family))
+    drawn = calibration.load(str(book), tokenizer=letters, model=model, samples=3, length=32)
+    assert drawn.description["bos"] == policy
+    assert all(len(ids) == 32 for ids in drawn.sequences)
+    if policy == "every":
+        assert all(ids[0] == 0 for ids in drawn.sequences)
+        chosen = calibration.load(str(book), tokenizer=letters, model=model, samples=3, length=32, bos="document")
+        assert not all(ids[0] == 0 for ids in chosen.sequences)
+    letters.bos_token_id = None
+    if policy == "document":
+        calibration.load(str(book), tokenizer=letters, model=model, samples=3, length=32)
+        return
+    with pytest.raises(InputError, match=rf"book.txt: {family} models need a BOS token in front") as error:
+        calibration.load(str(book), tokenizer=letters, model=model, samples=3, length=32)
+    assert "ids:FILE.jsonl" in one_line(error)
 
 
 def test_ids_outside_the_vocabulary_name_the_sequence():

@@ -52,6 +52,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     has that attention; without it, its eager one runs. `pattern`: every so many-th block has full attention, the
     others a window. `attention_norms`, `mlp_norms`: the norm in front of the module and any behind it, removed with
     it. `head_norms`: norms of size head_dim inside the attention. `norm_weight`: that of a norm that only normalizes.
+    `needs_bos`: without a BOS in front, a text is nothing like what it was trained on.
 
     `mixer` (config field by name -> Mixer) and its inverse `mixer_fields` (shape -> config fields) are for families
     whose blocks can only be removed whole; `outgoing` are the modules through which such a block adds to the stream.
@@ -71,6 +72,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     pattern: int | None = None
     norms_per_module: int = 1
     norm_weight: float = 1.0
+    needs_bos: bool = False
     final_norms: int = 1
     mixer: Callable[[Callable[[str], Any]], Mixer] | None = None
     mixer_fields: Callable[[ModelShape], dict[str, Any]] | None = None

@@ -15,6 +15,7 @@ GEMMA2 = Family(
     pattern=2,
     norms_per_module=2,
     norm_weight=0.0,
+    needs_bos=True,
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
