@@ -103,13 +103,10 @@ def read(asked: Asked) -> tuple[str, tuple[str, ...]]:
     A name whose text ended there says so. Raises UnsupportedError without the library, and InputError for what cannot
     be reached, found, or is no text.
     """
-    load = _loader(asked.called)
     data = asked.data
-    with _answered(asked.called):
-        rows = load(data.name, data.config, split=asked.split, streaming=True, revision=data.revision)
     taken: list[str] = []
     left = CHARACTERS
-    for text in _texts(rows, asked):
+    for text in _texts(asked):
         taken.append(text[:left])
         left -= len(text)
         if left < 0:
@@ -117,17 +114,26 @@ def read(asked: Asked) -> tuple[str, tuple[str, ...]]:
     return asked.name, _documents(taken, data.joint)
 
 
-def _documents(rows: list[str], joint: bool) -> tuple[str, ...]:
-    return tuple(text for text in (["\n\n".join(rows)] if joint else rows) if text.strip())
-
-
-def _texts(rows: Any, asked: Asked) -> Iterator[str]:
-    stream, fields = iter(rows), asked.data.fields
+def rows(asked: Asked) -> Iterator[dict[str, Any]]:
+    """Yield the rows of what is asked for, one after the other, as they are and without bound. Raises as `read`."""
+    load, data = _loader(asked.called), asked.data
+    with _answered(asked.called):
+        stream = iter(load(data.name, data.config, split=asked.split, streaming=True, revision=data.revision))
     while True:
         with _answered(asked.called):
             row = next(stream, None)
         if row is None:
             return
+        yield row
+
+
+def _documents(rows: list[str], joint: bool) -> tuple[str, ...]:
+    return tuple(text for text in (["\n\n".join(rows)] if joint else rows) if text.strip())
+
+
+def _texts(asked: Asked) -> Iterator[str]:
+    fields = asked.data.fields
+    for row in rows(asked):
         fields = fields or _text_fields(row, asked.called)
         lacking = [name for name in fields if not isinstance(row.get(name), str)]
         if lacking:

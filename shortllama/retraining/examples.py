@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from shortllama import calibration, texts
+from shortllama import calibration, hub, texts
 from shortllama.errors import InputError
 from shortllama.retraining import instructions
+from shortllama.retraining.instructions import Instruction
 from shortllama.retraining.recipes import Stage
 from shortllama.retraining.record import Data
 
@@ -28,6 +29,9 @@ Progress = Callable[[int, int], None]
 
 # Padded lengths are multiples of this: matrix units work on such pieces, and shapes repeat.
 _MULTIPLE = 8
+
+# At most one example in so many is held out, so that evaluating them stays cheap beside a short run.
+_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -74,18 +78,23 @@ def load(
         return _divided(sequences, [1] * len(sequences), f"{texts.IDS}{path.name}", "ids", stage)
     if src == calibration.SELF:
         return _sampled(stage, tokenizer, dense, progress)
-    paths, name = _files(src, data_dir)
-    if all(map(instructions.holds, paths)):
-        return _instructed([one for path in paths for one in instructions.read(path)], name, stage, tokenizer)
-    documents = texts.read_documents(src, data_dir)
-    return _packed(documents, stage, tokenizer, progress)
+    found = _instructions(src, data_dir)
+    if found is not None:
+        return _instructed(*found, stage, tokenizer)
+    return _packed(texts.read_documents(src, data_dir), stage, tokenizer, progress)
 
 
-def _files(src: str, data_dir: Path | None) -> tuple[list[Path], str]:
-    if src.startswith(texts.HUB):
-        return [Path(src)], src  # what can be had from there is text, and read as such
-    paths, name, _ = texts.locate(src, data_dir, (*texts.SUFFIXES, ".json"))
-    return paths, name
+def _instructions(src: str, data_dir: Path | None) -> tuple[Sequence[Instruction], str] | None:
+    """Return the instructions that `src` names with what they are known by; None where it is text."""
+    kinds = (*texts.SUFFIXES, ".json")
+    asked = hub.parse(src, "calibration") if texts.on_hub(src, data_dir, kinds) else None
+    if asked is not None:
+        remote = instructions.from_hub(asked)
+        return None if remote is None else (remote, asked.name)
+    paths, name, _ = texts.locate(src, data_dir, kinds)
+    if not all(map(instructions.holds, paths)):
+        return None
+    return [one for path in paths for one in instructions.read(path)], name
 
 
 def _sampled(stage: Stage, tokenizer: Any, dense: Callable[[], Any] | None, progress: Progress | None) -> Examples:
@@ -104,7 +113,7 @@ def _sampled(stage: Stage, tokenizer: Any, dense: Callable[[], Any] | None, prog
     return _divided(sequences, [1] * len(sequences), calibration.SELF, "self", stage)
 
 
-def _instructed(pairs: Sequence[instructions.Instruction], name: str, stage: Stage, tokenizer: Any) -> Examples:
+def _instructed(pairs: Sequence[Instruction], name: str, stage: Stage, tokenizer: Any) -> Examples:
     tokenize = calibration.tokenize_with(tokenizer, name)
     bos, eos = calibration.bos_id(tokenizer), getattr(tokenizer, "eos_token_id", None)
     prefix, suffix = [] if bos is None else [bos], [] if eos is None else [eos]
@@ -154,7 +163,7 @@ def _wanted(stage: Stage) -> int:
     """Return how many examples a stage of a given number of steps can use, those that it holds out included."""
     assert stage.steps is not None
     trained = stage.steps * stage.batch
-    return trained + min(stage.held_out, trained // 9 + 1)
+    return trained + min(stage.held_out, trained // (_SHARE - 1) + 1)
 
 
 def _divided(
@@ -162,7 +171,7 @@ def _divided(
 ) -> Examples:
     """Hold some examples out: the last windows of a text, whose neighbours know it, else random ones."""
     count = len(sequences)
-    held = min(stage.held_out, count // 10)
+    held = min(stage.held_out, count // _SHARE)
     order = np.arange(count) if kind == "text" else np.random.default_rng((stage.seed, 1)).permutation(count)
     told = [np.asarray(first, dtype=np.int64), *sequences]
     data = Data(

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from shortllama import files, texts
+from shortllama import files, hub, texts
 from shortllama.errors import InputError
 
 SUFFIXES = (".json", ".jsonl")
@@ -56,6 +56,16 @@ def read(path: Path) -> tuple[Instruction, ...]:
     return found
 
 
+def from_hub(asked: hub.Asked) -> tuple[Instruction, ...] | None:
+    """Return the instructions of a data set on the hub; None where its rows hold none. Raises as `hub.read`."""
+    found: list[Instruction] = []
+    for number, row in enumerate(hub.rows(asked), start=1):
+        if not found and not {"instruction", "output"} <= row.keys():
+            return None
+        found.append(_instruction(row, asked.name, number))
+    return tuple(found)
+
+
 def prompt_of(instruction: str, context: str = "") -> str:
     """Return Alpaca's prompt for an instruction, with or without more context."""
     template = _WITH_INPUT if context else _WITHOUT_INPUT
@@ -95,7 +105,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _instruction(value: Any, path: Path, line: int) -> Instruction:
+def _instruction(value: Any, path: Path | str, line: int) -> Instruction:
     if isinstance(value, dict):
         fields = {name: value.get(name) for name in ("instruction", "output", "prompt", "response")}
         context = value.get("input") or ""

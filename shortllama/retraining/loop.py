@@ -36,8 +36,8 @@ from shortllama.stack import quiet
 # progress(what, steps done, steps in all, loss of the last one)
 Progress = Callable[[str, int, int, float], None]
 
-# Evaluations of the held-out examples in a run, the first and the last not counted.
-_EVALUATIONS = 10
+# The held-out examples are evaluated before each of so many parts of a run, and at its end.
+_EVALUATIONS = 4
 # Steps in a row whose loss or gradient is not finite, after which a run is given up.
 _PATIENCE = 5
 # How far the first loss in training may be from that of the same examples evaluated one by one, relatively.
@@ -133,7 +133,8 @@ class _Run:
         stored = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         asked = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         identity = state.Identity(
-            self.stage,
+            # What only divides the work differently may change when a run goes on.
+            msgspec.structs.replace(self.stage, micro_batch=1, checkpointing=False),
             self.data.data.digest,
             _fingerprint(self.model),
             self.teacher and _fingerprint(self.teacher.model),
@@ -208,13 +209,13 @@ class _Run:
             model.requires_grad_(True)
         self.trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         if stage.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute(model, True)
         try:
             self._check_start(objective, first, expected)
             yield
         finally:
             if stage.checkpointing:
-                model.gradient_checkpointing_disable()
+                _recompute(model, False)
             if stage.trains == "lora":
                 adapters.merge(model)
 
@@ -361,6 +362,15 @@ class _Run:
                 whole["state"][index] = {"step": torch.tensor(float(self.updates)), **moments}
         optimizer.load_state_dict(whole)
         return was.cost
+
+
+def _recompute(model: Any, on: bool) -> None:
+    """Switch checkpointing of blocks on or off, by the name that this release of transformers has for it."""
+    named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{named}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{named}_checkpointing_disable")()
 
 
 def _updates(optimizer: torch.optim.Optimizer) -> int:

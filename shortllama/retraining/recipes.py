@@ -27,7 +27,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     `rate` is the peak learning rate, reached after `warm_up` steps (at most a tenth of all) and falling to zero,
     linearly or as a cosine. A step takes `batch` sequences, `micro_batch` of them at once in each process. `length` is
     the window in tokens, or where instructions are cut off. `steps` None: `epochs` passes over the data. Weight decay
-    acts on matrices only. `held_out` sequences (at most a tenth) are never trained on.
+    acts on matrices only. `held_out` sequences (at most a twentieth) are never trained on.
 
     `dtype` of the computation; None is bfloat16 on a GPU that has it, else float32. What is trained is float32 always.
     `checkpointing` computes blocks again in the backward pass instead of keeping what they computed.
