@@ -32,6 +32,8 @@ TORCH_MODULES = (
     "transformers.models.llama.modeling_llama",
     "shortllama.checkpoint",
     "shortllama.surgery",
+    "bench.passes.measure",
+    "bench.passes.probe",
     "bench.worker",
 )
 TORCH_FREE_MODULES = ("bench.worker",)

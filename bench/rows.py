@@ -6,7 +6,7 @@ from statistics import median
 
 import msgspec
 
-from bench import physics, runtimes, worker
+from bench import jobs, physics, runtimes
 from bench.cells import Cell
 from bench.environment import Machine
 from bench.measurement import Frontier, Measurement, Memory, SessionId
@@ -19,7 +19,7 @@ class Heard(msgspec.Struct, frozen=True):
 
     planned: Planned
     session: str
-    result: worker.Finished | None = None
+    result: jobs.Finished | None = None
     verdict: Verdict | None = None
     wall_s: float | None = None
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import msgspec
 
-from bench import budget, children, environment, outcomes, rows, runtimes, schedule, store, worker
+from bench import budget, children, environment, jobs, outcomes, rows, runtimes, schedule, store, worker
 from bench.cells import Cell, Suite, budget_bytes
 from bench.children import Child
 from bench.environment import Machine
+from bench.jobs import Job, Purpose
 from bench.measurement import Environment, Measurement
 from bench.outcomes import Verdict
 from bench.rows import Heard
@@ -124,6 +125,32 @@ def _serve(plan: Schedule, settings: Settings) -> None:
     children.serve(modules, environment.child_variables(settings.threads))
 
 
+def job(group: Group, cells: Iterable[Planned], settings: Settings, purpose: Purpose) -> Job:
+    """Return what a child is told to do with cells of a group."""
+    suite, machine, key = settings.suite, settings.machine, group.key
+    wanted, free = budget_bytes(key.budget), budget.available_bytes()
+    simulated = key.runtime in runtimes.SIMULATED
+    options = Options(
+        dtype=key.dtype,
+        attention=key.attention,
+        device=machine.device.short if simulated else machine.place,
+        seed=suite.seed,
+        threads=settings.threads,
+        budget_bytes=wanted,
+    )
+    return Job(
+        subject=group.subject,
+        runtime=key.runtime,
+        options=options,
+        cells=tuple(one.cell for one in cells),
+        purpose=purpose,
+        timing=suite.timing,
+        cell_seconds=suite.cell_seconds,
+        limit_bytes=min(wanted or free, free) if purpose == "probe" else None,
+        script=settings.script if simulated else None,
+    )
+
+
 class _Sweep:
     """The state of a running sweep: rows so far, witnesses of implied cells, the writer."""
 
@@ -202,30 +229,30 @@ class _Sweep:
 
     def _child(self, group: Group, cells: list[Planned], *, memory: bool) -> Generator[Heard]:
         """Run cells in one child; yield what became of each, until the child is done or gone."""
-        job = self._job(group, cells, memory=memory)
+        work = job(group, cells, self._settings, "probe" if memory else "measure")
         session = secrets.token_hex(4)
         variables = environment.child_variables(self._settings.threads)
         index, start = -1, time.perf_counter()
         self._watcher.began(cells[0].cell)
-        with Child(worker.run, msgspec.json.encode(job), variables) as child:
+        with Child(worker.run, msgspec.json.encode(work), variables) as child:
             while index < len(cells):
                 try:
-                    message = worker.DECODER.decode(child.receive(self._settings.timeout_s))
+                    message = jobs.DECODER.decode(child.receive(self._settings.timeout_s))
                 except children.Silence:
                     message = self._gave_up(index)
                 except children.Ended as end:
-                    message = outcomes.classify(end.words, end.exit_code, end.signal, limit_bytes=job.limit_bytes)
-                if isinstance(message, worker.Loaded):
+                    message = outcomes.classify(end.words, end.exit_code, end.signal, limit_bytes=work.limit_bytes)
+                if isinstance(message, jobs.Loaded):
                     continue
-                if isinstance(message, worker.Began):
+                if isinstance(message, jobs.Began):
                     index, start = message.index, time.perf_counter()
                     self._watcher.began(cells[index].cell)
-                elif isinstance(message, worker.Finished):
+                elif isinstance(message, jobs.Finished):
                     yield Heard(cells[index], session, result=message, wall_s=message.wall_s)
                     if index + 1 == len(cells):
                         return
                 else:
-                    verdict = _verdict(message, job)
+                    verdict = _verdict(message, work)
                     yield Heard(cells[max(index, 0)], session, verdict=verdict, wall_s=time.perf_counter() - start)
                     if index < 0 and verdict.outcome == "failed":
                         yield from _skipped(cells[1:], f"the subject could not be loaded: {verdict.reason}")
@@ -234,29 +261,6 @@ class _Sweep:
     def _gave_up(self, index: int) -> Verdict:
         what = "loading the subject" if index < 0 else "the cell"
         return Verdict("timed-out", f"{what} took longer than {self._settings.timeout_s:g} s; raise --timeout")
-
-    def _job(self, group: Group, cells: list[Planned], *, memory: bool) -> worker.Job:
-        suite, machine, key = self._settings.suite, self._settings.machine, group.key
-        wanted, free = budget_bytes(key.budget), budget.available_bytes()
-        simulated = key.runtime in runtimes.SIMULATED
-        options = Options(
-            dtype=key.dtype,
-            attention=key.attention,
-            device=machine.device.short if simulated else machine.place,
-            seed=suite.seed,
-            threads=self._settings.threads,
-            budget_bytes=wanted,
-        )
-        return worker.Job(
-            subject=group.subject,
-            runtime=key.runtime,
-            options=options,
-            cells=tuple(one.cell for one in cells),
-            timing=None if memory else suite.timing,
-            cell_seconds=suite.cell_seconds,
-            limit_bytes=min(wanted or free, free) if memory else None,
-            script=self._settings.script if simulated else None,
-        )
 
     def _finish(self, group: Group, heard: Heard, probed: Heard | None = None) -> None:
         """Write the row of a cell from what its passes gave."""
@@ -273,10 +277,10 @@ class _Sweep:
         self._watcher.finished(row)
 
 
-def _verdict(message: worker.Broke | Verdict, job: worker.Job) -> Verdict:
+def _verdict(message: jobs.Broke | Verdict, job: Job) -> Verdict:
     """What a message that ends a child means for the cell it was at."""
     found = message
-    if isinstance(message, worker.Broke):
+    if isinstance(message, jobs.Broke):
         found = outcomes.classify(message.text, None, None, limit_bytes=job.limit_bytes)
         found = Verdict("oom", message.text) if message.oom else found
     assert isinstance(found, Verdict)

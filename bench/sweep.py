@@ -12,7 +12,18 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from bench import devices, environment, filters, quality, run_folder, runner, runtime_rows, runtimes, schedule
+from bench import (
+    devices,
+    environment,
+    filters,
+    profiling,
+    quality,
+    run_folder,
+    runner,
+    runtime_rows,
+    runtimes,
+    schedule,
+)
 from bench.cells import Cell, Suite, check_suite, read_suite, suite_path
 from bench.environment import Machine
 from bench.measurement import Measurement
@@ -58,6 +69,12 @@ def sweep(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, or start it.")] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CELL", help="Write a torch trace of one cell (its id, or an expression); measure nothing."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells with predictions; measure nothing.")
     ] = False,
@@ -73,12 +90,38 @@ def sweep(
         _show(plan, as_json)
         return 0
     folder = out or run_folder.default(Path(suite).stem, machine.slug)
+    if profile:
+        return _profile(chosen, plan, machine, folder, profile, timeout, as_json)
     counts = measure(chosen, text, plan, machine, folder, resume=resume, timeout_s=timeout)
     if as_json:
         console.emit({"run": str(folder), "outcomes": dict(counts)})
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     console.say(f"wrote {folder}: {counts.total()} cells, {said}")
     return int(any(counts[outcome] for outcome in runner.BROKEN))
+
+
+def _profile(
+    suite: Suite, plan: Schedule, machine: Machine, folder: Path, cell: str, timeout_s: float | None, as_json: bool
+) -> int:
+    group, planned = profiling.choose(plan, cell)
+    settings = _settings(suite, machine, timeout_s)
+    with _preparing() as report:
+        one = quality.prepare(Schedule((group,)), (), folder, seed=suite.seed, threads=settings.threads, report=report)
+    found = profiling.profile(one.groups[0], planned, settings, folder)
+    if as_json:
+        console.emit({"cell_id": planned.cell_id, **msgspec.structs.asdict(found)})
+    else:
+        sys.stdout.write(profiling.text(found, planned) + "\n")
+    return 0
+
+
+def _settings(suite: Suite, machine: Machine, timeout_s: float | None) -> runner.Settings:
+    from bench.runtimes import roofline
+
+    script = msgspec.json.encode(roofline.script_from_environment()).decode()
+    return runner.Settings(
+        suite, machine, environment.threads(), timeout_s or runner.timeout_s(suite.cell_seconds), script
+    )
 
 
 def measure(
@@ -92,16 +135,14 @@ def measure(
     timeout_s: float | None = None,
 ) -> Counter[str]:
     """Run a plan into a folder, pruning and evaluating its subjects first; return how often each outcome occurs."""
-    from bench.runtimes import roofline
-
-    threads = environment.threads()
-    script = msgspec.json.encode(roofline.script_from_environment()).decode()
-    settings = runner.Settings(suite, machine, threads, timeout_s or runner.timeout_s(suite.cell_seconds), script)
+    settings = _settings(suite, machine, timeout_s)
     quality.check_weights(plan)
     new = run_folder.open_run(folder, suite, text, resume=resume)
     try:
         with _preparing() as report:
-            plan = quality.prepare(plan, suite.perplexity, folder, seed=suite.seed, threads=threads, report=report)
+            plan = quality.prepare(
+                plan, suite.perplexity, folder, seed=suite.seed, threads=settings.threads, report=report
+            )
         with _watching(plan) as watcher:
             return runner.run(plan, settings, folder, watcher)
     except ShortllamaError:

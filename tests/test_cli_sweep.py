@@ -135,6 +135,7 @@ def test_a_failed_cell_makes_exit_code_1(run_command: Callable, suite: Path) -> 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
+ONE_CELL = "batch==1 and output==128 and subject=='llama-7b'"
 MISTAKES = [
     (["sweep", "qick"], "shipped: quick, smoke"),
     (["sweep", "gone.toml"], "gone.toml"),
@@ -148,6 +149,9 @@ MISTAKES = [
     (["sweep", "SUITE", "--device", "rtx3090", "--cells", "batch==3"], "--cells"),
     (["sweep", "SUITE", "--device", "rtx3090", "--timeout", "0"], "--timeout"),
     (["sweep", "SUITE", "--device", "cuda:7"], "cuda:7"),
+    (["sweep", "SUITE", "--device", "rtx3090", "--profile", "batch==1"], "leaves 6 cells"),
+    (["sweep", "SUITE", "--device", "rtx3090", "--profile", "0123456789abcdef"], "--profile '0123456789abcdef'"),
+    (["sweep", "SUITE", "--device", "rtx3090", "--profile", ONE_CELL], "is simulated"),
     (["sweep", "SUITE", "--device", "cpu", "--runtime", "eager,cudagraph"], "cudagraph needs a CUDA device"),
     (["sweep", "SUITE", "--device", "rtx3090", "--out", "SUITE"], "is a file"),
     (["sweep", "SUITE", "--device", "rtx3090", "--out", "FOREIGN"], "not a run"),
@@ -378,3 +382,20 @@ def test_a_sweep_on_real_weights_prunes_evaluates_and_measures(
     assert set(found) == set(names[:3]), "random weights have no perplexity worth a number"
     assert found[names[0]] < found[names[1]] < 1.2 * found[names[0]], "its pruned blocks are near redundant"
     assert len(list((run / "subjects").iterdir())) == 2
+
+
+def test_a_profile_of_one_cell_writes_its_trace_and_no_rows(run_command: Callable, tmp_path: Path) -> None:
+    suite = tmp_path / "mine.toml"
+    suite.write_text(TOML.replace("roofline", "static").replace("float16", "float32").replace(
+        '"llama-7b", "llama-7b/depth-26", "llama-7b/wanda-sp-20"', '"reference/depth:9"'
+    ).replace("128, 512", "8"))  # fmt: skip
+    run = tmp_path / "run"
+    done = run_command("sweep", suite, "--device", "cpu", "--profile", "batch==4", "--out", run)
+    assert done.returncode == 0, done.stderr
+    first, *operations, last = done.stdout.splitlines()
+    assert first.startswith("reference/depth:9 static float32 M4 P12 L8: prefill and last step ")
+    assert any("aten::mm" in line for line in operations)
+    (trace,) = (run / "profiles").iterdir()
+    assert str(trace) in last
+    assert trace.stat().st_size > 1000
+    assert not (run / store.FILE_NAME).exists()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from bench import children, environment, memory, outcomes, worker
+from bench import children, environment, jobs, memory, outcomes, worker
 from bench.cells import Cell
 from bench.runtimes.protocol import Options
 from bench.runtimes.roofline import Script
@@ -32,32 +34,33 @@ def cell(batch: int, runtime: str = "roofline", prompt: int = 8, output: int = 8
     return Cell("small", runtime, "float32", "sdpa", prompt, output, "none", batch)
 
 
-def job(*cells: Cell, **more: Any) -> worker.Job:
+def job(*cells: Cell, **more: Any) -> jobs.Job:
     device = "cpu" if cells[0].runtime != "roofline" else "rtx3090"
     options = Options("float32", cells[0].attention, device, 0, 1)
-    return worker.Job(Subject("small", SMALL, "small"), cells[0].runtime, options, cells, **more)
+    purpose = "probe" if "limit_bytes" in more else "measure"
+    return jobs.Job(Subject("small", SMALL, "small"), cells[0].runtime, options, cells, purpose, **more)
 
 
-def in_process(work: worker.Job) -> list[worker.Message]:
+def in_process(work: jobs.Job) -> list[jobs.Message]:
     """Run a job here: a simulated one needs no process of its own."""
     sent: list[bytes] = []
     worker.run(msgspec.json.encode(work), sent.append)
-    return [worker.DECODER.decode(message) for message in sent]
+    return [jobs.DECODER.decode(message) for message in sent]
 
 
-def in_child(work: worker.Job) -> list[Any]:
+def in_child(work: jobs.Job) -> list[Any]:
     heard: list[Any] = []
     with children.Child(worker.run, msgspec.json.encode(work), environment.child_variables(1)) as child:
         try:
             while True:
-                heard.append(worker.DECODER.decode(child.receive(120)))
+                heard.append(jobs.DECODER.decode(child.receive(120)))
         except children.Ended as end:
             heard.append(end)
     return heard
 
 
-def finished(messages: list[Any]) -> dict[int, worker.Finished]:
-    return {one.index: one for one in messages if isinstance(one, worker.Finished)}
+def finished(messages: list[Any]) -> dict[int, jobs.Finished]:
+    return {one.index: one for one in messages if isinstance(one, jobs.Finished)}
 
 
 def script(**faults: Any) -> str:
@@ -70,7 +73,7 @@ def script(**faults: Any) -> str:
 def test_a_simulated_job_reports_every_cell_in_order() -> None:
     messages = in_process(job(cell(1), cell(4), timing="careful", cell_seconds=1.0, script=script()))
     kinds = [type(one) for one in messages]
-    assert kinds == [worker.Loaded, worker.Began, worker.Finished, worker.Began, worker.Finished]
+    assert kinds == [jobs.Loaded, jobs.Began, jobs.Finished, jobs.Began, jobs.Finished]
     for index, batch in ((0, 1), (1, 4)):
         one = finished(messages)[index]
         assert one.tokens == batch * 8
@@ -89,7 +92,7 @@ def test_the_paper_rule_is_ten_and_twenty() -> None:
 def test_a_fault_ends_the_job_and_names_its_cell(fault: dict[str, int], oom: bool) -> None:
     cells = (cell(1), cell(2), cell(4))
     last = in_process(job(*cells, timing="careful", cell_seconds=1.0, script=script(**fault)))[-1]
-    assert isinstance(last, worker.Broke)
+    assert isinstance(last, jobs.Broke)
     assert (last.index, last.oom) == (1, oom)
     assert "batch 2" in last.text
 
@@ -98,7 +101,7 @@ def test_a_subject_that_does_not_fit_breaks_before_its_first_cell() -> None:
     work = job(cell(1), timing="careful", cell_seconds=1.0, script=script())
     tight = msgspec.structs.replace(work, options=msgspec.structs.replace(work.options, budget_bytes=MIB))
     (only,) = in_process(tight)
-    assert isinstance(only, worker.Broke)
+    assert isinstance(only, jobs.Broke)
     assert (only.index, only.oom) == (-1, True)
 
 
@@ -124,7 +127,7 @@ def test_memory_ends_where_the_model_says(runtime: str) -> None:
     messages = in_child(job(*(cell(b, runtime, 16, 24) for b in batches), limit_bytes=limit))
     assert sorted(finished(messages)) == [0, 1]
     broke = messages[-2]
-    assert isinstance(broke, worker.Broke)
+    assert isinstance(broke, jobs.Broke)
     assert (broke.index, broke.oom) == (2, True)
     assert "can't allocate memory" in broke.text
 
@@ -142,11 +145,11 @@ def test_a_whole_call_fits_where_its_probe_does(monkeypatch: pytest.MonkeyPatch)
         )
 
 
-def in_child_calling(work: worker.Job) -> list[Any]:
+def in_child_calling(work: jobs.Job) -> list[Any]:
     heard: list[Any] = []
     with children.Child(run_whole_calls, msgspec.json.encode(work), environment.child_variables(1)) as child:
         for _ in range(1 + 2 * len(work.cells)):
-            heard.append(worker.DECODER.decode(child.receive(120)))
+            heard.append(jobs.DECODER.decode(child.receive(120)))
     return heard
 
 
@@ -163,7 +166,7 @@ def run_whole_calls(work: bytes, send: Any) -> None:
 
 def test_weights_count_against_the_budget() -> None:
     (broke, end) = in_child(job(cell(1, "eager"), limit_bytes=4 * MIB))
-    assert isinstance(broke, worker.Broke)
+    assert isinstance(broke, jobs.Broke)
     assert (broke.index, broke.oom) == (-1, True)
     assert isinstance(end, children.Ended)
 
@@ -179,11 +182,42 @@ def test_a_timing_pass_has_no_limit_and_real_samples() -> None:
         assert one.memory.allocated is None
 
 
+def test_a_profile_is_a_trace_with_the_longest_operations(tmp_path: Path) -> None:
+    one = cell(2, "static")
+    work = msgspec.structs.replace(job(one), purpose="profile", folder=str(tmp_path))
+    found = finished(in_child(work))[0].profile
+    assert found is not None
+    assert [path.name for path in tmp_path.iterdir()] == [f"{one.id}.json.gz"]
+    trace = msgspec.json.decode(gzip.decompress((tmp_path / f"{one.id}.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {name for name, *_ in found.longest} <= names
+    assert "aten::mm" in names or "aten::addmm" in names
+    seconds = [took for *_, took in found.longest]
+    assert seconds == sorted(seconds, reverse=True)
+    assert 0 < sum(seconds) < 1.5 * found.wall_s
+    assert found.kernel_s is None
+
+
+def test_counting_operations_that_does_not_fit_leaves_the_row_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.passes import measure
+    from bench.runtimes.protocol import OutOfMemory
+
+    class Full:
+        def graphs(self) -> None:
+            return None
+
+        def operations(self) -> None:
+            raise OutOfMemory("full")
+
+    whole = jobs.Finished(0, 0.0, tokens=8)
+    assert measure._with_operations(whole, Full()) == whole  # type: ignore[arg-type]
+
+
 def test_a_subject_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:
     work = job(cell(1, "eager"), timing="careful", cell_seconds=0.05)
     missing = msgspec.structs.replace(work, subject=Subject("gone", SMALL, "gone", folder=str(tmp_path / "gone")))
     broke = in_child(missing)[0]
-    assert isinstance(broke, worker.Broke)
+    assert isinstance(broke, jobs.Broke)
     assert not broke.oom
     assert outcomes.classify(broke.text, None, None).outcome == "failed"
     assert "gone" in broke.text
@@ -239,6 +273,8 @@ def test_event_marks_are_in_seconds_and_wait_at_both_ends_only(monkeypatch: pyte
 def test_the_first_call_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    from bench.passes import measure
+
     work = job(cell(1), timing="paper", cell_seconds=1.0, script=script())
     peaks = iter([900, 500])
     resets: list[str] = []
@@ -248,6 +284,6 @@ def test_the_first_call_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1000)
     session = worker._open_simulated(work)
     session.prepare(1, 8, 8)
-    found = worker._measure_on_cuda(work, session)
+    found = measure._on_cuda(work, session)
     assert (found.memory.first_call, found.memory.allocated, found.memory.reserved) == (900, 500, 1000)
     assert (found.warm_up, len(found.samples.call_s), len(resets)) == (10, 20, 2)
