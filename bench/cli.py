@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bench.ab import ab
 from bench.compare import compare
 from bench.sweep import sweep
 from shortllama import cli as core
@@ -41,6 +42,7 @@ def report(
 
 
 app.command(epilog="Example: shortllama compare runs/before runs/after --fail-over latency:5%")(compare)
+app.command(epilog="Example: shortllama ab --base main --head my-branch --out runs/ab")(ab)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
-from bench import experiment, pairing
+from bench import experiment, noise, pairing
 from bench.cells import Cell
 from bench.measurement import Environment, Measurement
 from bench.metrics import BY_NAME, LARGEST_BATCH, LATENCY, METRICS, OUTCOME, SPEED_UP, Metric
@@ -34,7 +34,6 @@ from bench.verdicts import (
 )
 from shortllama.errors import InputError
 
-NOISE_FACT = "noise_between_sessions"  # in an environment's facts, where the machine's noise was measured
 MEASURED = ("ok", "unstable")
 
 
@@ -141,8 +140,8 @@ def compare(base: Results, head: Results, limits: Mapping[str, float] | None = N
 
 
 def _noise(environments: Iterable[Environment]) -> float:
-    known = [one.facts[NOISE_FACT] for one in environments if isinstance(one.facts.get(NOISE_FACT), int | float)]
-    return max(known, default=NOISE)
+    stored = (one.facts.get(noise.BETWEEN_FACT) for one in environments)
+    return max((value for value in stored if isinstance(value, int | float)), default=NOISE)
 
 
 # -- one cell -----------------------------------------------------------------------------------------------------

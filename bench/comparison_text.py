@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.comparison import Change, Comparison
+from bench.comparison import Change, Comparison, Pooled
 from bench.report.quantities import text
 
 SHOWN = ("regressed", "improved", "inconclusive", "incomparable")
@@ -24,22 +24,32 @@ def headline(comparison: Comparison) -> str:
 def terminal(comparison: Comparison) -> str:
     """Return the summary for a terminal, worst changes first."""
     lines = [headline(comparison)]
+    lines += [f"note: {note}" for note in comparison.notes]
     lines += [f"environments differ: {field}" for field in comparison.differing]
-    for change in shown(comparison):
-        decision = change.decision
-        lines.append(f"{decision.verdict:12}  {change.metric:15}  {change.cell}: {_values(change)}{_why(change)}")
+    lines += [
+        f"{change.decision.verdict:12}  {change.metric:15}  {change.cell}: {_values(change)}{_why(change)}"
+        for change in shown(comparison)
+    ]
     hidden = _hidden(comparison)
     if hidden:
         lines.append(f"... and {hidden} more (--json has all)")
     lines += [
-        f"{one.subject}: {one.metric} {one.ratio:.4f} of base over {one.cells} cells" for one in comparison.pooled
+        f"{one.subject}: {one.metric} {one.ratio:.4f} of base over {one.cells} cells{_judged(one, ' ({})')}"
+        for one in comparison.pooled
     ]
     return "\n".join(lines) + "\n"
+
+
+def line(change: Change) -> str:
+    """Return one change without its verdict: metric, cell, values, effect, reason, least detectable effect."""
+    return f"{change.metric} of {change.cell}: {_values(change)}{_why(change)}"
 
 
 def markdown(comparison: Comparison) -> str:
     """Return a Markdown document: the headline, what differs, and the changes, worst first."""
     lines = [f"**{headline(comparison)}**", ""]
+    if comparison.notes:
+        lines += [*(f"- {_escaped(note)}" for note in comparison.notes), ""]
     if comparison.differing:
         lines += ["Times were not compared, the environments differ:", ""]
         lines += [f"- {_escaped(field)}" for field in comparison.differing] + [""]
@@ -51,9 +61,10 @@ def markdown(comparison: Comparison) -> str:
     if hidden:
         lines += ["", f"... and {hidden} more."]
     if comparison.pooled:
-        lines += ["", "| subject | metric | geometric mean of head / base | cells |", "|" + "---|" * 4]
+        lines += ["", "| subject | metric | geometric mean of head / base | cells | verdict |", "|" + "---|" * 5]
         lines += [
-            f"| {_escaped(one.subject)} | {one.metric} | {one.ratio:.4f} | {one.cells} |" for one in comparison.pooled
+            f"| {_escaped(one.subject)} | {one.metric} | {one.ratio:.4f} | {one.cells} | {_judged(one, '{}')} |"
+            for one in comparison.pooled
         ]
     return "\n".join(lines) + "\n"
 
@@ -78,6 +89,13 @@ def _ratio(change: Change, form: str) -> str:
         return ""
     ends = "" if decision.low is None or decision.high is None else f", {decision.low:.3f} to {decision.high:.3f}"
     return form.format(f"{decision.ratio:.3f}{ends}")
+
+
+def _judged(one: Pooled, form: str) -> str:
+    decision = one.decision
+    if decision is None:
+        return ""
+    return form.format(f"{decision.low:.4f} to {decision.high:.4f} in {decision.pairs} pairs: {decision.verdict}")
 
 
 def _why(change: Change) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from bench import budget, devices
+from bench import budget, devices, noise
 from bench.devices import Device
 from bench.measurement import Environment, environment
 from shortllama.errors import InputError
@@ -35,7 +35,8 @@ _VARIABLES = (
     "GOMP_CPU_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES", "LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_CONF",
     "GLIBC_TUNABLES",
 )  # fmt: skip
-_PACKAGES = ("torch", "transformers", "safetensors")
+# Libraries whose versions must be equal for times to be compared.
+PACKAGES = ("torch", "transformers", "safetensors")
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -215,14 +216,15 @@ def measured(on: Machine, count: int) -> Environment:
         "wait_policy": WAIT_POLICY,
         "python": ".".join(platform.python_version_tuple()[:2]),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
     }
     if on.kind == "cuda":
         fingerprint |= {key: value for key, value in _cuda_devices()[on.index].items() if key != "name"}
     else:
         # In whole GiB: what the kernel keeps for itself differs by a little from boot to boot.
         fingerprint |= {"memory_gib": round(devices.host_memory_bytes() / (1 << 30)), "memory_pass": budget.METHOD}
-    return environment(fingerprint, _facts())
+    found = environment(fingerprint, _facts())
+    return msgspec.structs.replace(found, facts=found.facts | noise.facts(found.id))
 
 
 def simulated(device: Device, script: Any) -> Environment:

@@ -6,6 +6,7 @@ environments, so the two files alone say how they were made, and `compare` can j
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -92,20 +93,20 @@ def throttled(rows: Iterable[Measurement]) -> str | None:
 def open_cells(cells: Iterable[Cell], verdicts: Mapping[str, str], pairs: int, looks: Looks) -> tuple[Cell, ...]:
     """Return the cells that the next pair must measure, none where the experiment is over.
 
-    `verdicts`: by cell id, the one so far of the metric that decides; a cell without one is decided (it did not run).
-    Until the first look all are open, afterwards those that are inconclusive.
+    `verdicts`: by cell id, those of the metric that decides after `pairs` pairs; before the first look all are
+    inconclusive. A cell without one did not run on a side, and need not be tried again.
     """
+    if pairs == 0:
+        return tuple(cells)
     if pairs >= looks.most:
         return ()
-    if pairs < looks.first:
-        return tuple(cells)
     return tuple(cell for cell in cells if verdicts.get(cell.id) == "inconclusive")
 
 
 def whole_pairs(base: Iterable[Measurement], head: Iterable[Measurement]) -> int:
-    """Return how many pairs, counted from 1, both sides hold."""
-    numbers = [{row.session.pair for row in rows} for rows in (base, head)]
+    """Return how many pairs, counted from 1, both sides hold with equally many rows; what follows is of a kill."""
+    before, after = (Counter(row.session.pair for row in rows) for rows in (base, head))
     count = 0
-    while all(count + 1 in side for side in numbers):
+    while before[count + 1] == after[count + 1] > 0:
         count += 1
     return count

@@ -68,6 +68,7 @@ FORMATS = {
     "ratio": ratio,
     "share": share,
     "tokens/s": significant,
+    "J/token": significant,
     "number": significant,
     "integer": lambda value: f"{value:,.0f}",
 }
