@@ -5,7 +5,7 @@ Documents are what --json prints. Numbers keep SI base units until the last mome
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from shortllama.difference import ANY_SIZE, Difference, SetDifference
 from shortllama.evaluation.results import Evaluation
 from shortllama.indices import count_indices, format_indices
 from shortllama.plans import BlockKeep, Plan, shape_of
-from shortllama.scores import Scores
+from shortllama.scores import Cost, Scores
 from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:
@@ -250,6 +250,29 @@ def show_scores(scores: Scores) -> None:
                 if values
             ]
             table(("block", name, "least", "mean", "most"), rows, title=title)
+    if scores.cost is not None:
+        show_costs({"scoring": scores.cost})
+
+
+def show_costs(costs: Mapping[str, Cost]) -> None:
+    """Print what each kind of work took; what could not be measured says why."""
+    rows = [
+        (
+            name,
+            f"{cost.wall_s:.3g}",
+            cost.reasons.get("peak_bytes", "unknown") if cost.peak_bytes is None else size(cost.peak_bytes),
+            f"{cost.tokens:,}" if cost.tokens else "none",
+            "not counted" if cost.block_passes is None else f"{cost.block_passes:g}",
+            _circumstances(cost),
+        )
+        for name, cost in costs.items()
+    ]
+    table(("cost ", "seconds", "peak memory beside the model", "tokens", "block passes", " "), rows)
+
+
+def _circumstances(cost: Cost) -> str:
+    said = [f"one pass for {', '.join(cost.shared)}"] if cost.shared else []
+    return "; ".join([*said, *([f"in {cost.runs} runs"] if cost.runs > 1 else [])])
 
 
 def show_evaluation(evaluation: Evaluation) -> None:

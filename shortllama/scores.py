@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -103,6 +103,15 @@ def check_finite(scores: Scores) -> None:
 def read_scores(path: Path) -> Scores:
     """Return the scores in `path`. Raises InputError naming the offending key."""
     return files.decode_json(files.read_bytes(path), Scores, str(path))
+
+def is_scores(path: Path) -> bool:
+    """Return whether a file calls itself scores, readable or not as such."""
+    try:
+        named = msgspec.json.decode(files.read_bytes(path))
+    except (InputError, msgspec.DecodeError):
+        return False
+    return isinstance(named, dict) and str(cast("dict[str, Any]", named).get("schema")).startswith("shortllama.scores/")
+
 
 
 def write_scores(path: Path, scores: Scores) -> None:

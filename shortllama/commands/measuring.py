@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +10,7 @@ import typer
 from shortllama import console, display, journal, options, pruning, sources
 from shortllama import scores as score_files
 from shortllama.commands import groups
+from shortllama.commands.resuming import resumable
 from shortllama.errors import InputError
 from shortllama.evaluation.results import Evaluation, write_evaluation
 
@@ -40,7 +39,7 @@ def score(
     source = sources.locate(model)
     files = _outputs(out, names)
     journals = {name: journal.beside(path) for name, path in files.items()}
-    with resumable(journals.values()):
+    with resumable(files.values()):
         with console.steps() as progress:
             found = pruning.score_all(
                 source,
@@ -77,20 +76,6 @@ def _outputs(out: Path | None, names: tuple[str, ...]) -> dict[str, Path]:
     for path in paths.values() if out.is_dir() else [out]:
         options.check_output_file(path)
     return paths
-
-
-@contextmanager
-def resumable(journals: Iterable[Path]) -> Generator[None]:
-    """Discard journals of scoring once the block has ended well; where it is interrupted, say what they are for."""
-    paths = list(journals)
-    try:
-        yield
-    except KeyboardInterrupt:
-        for path in filter(Path.exists, paths):
-            console.note(f"{path} keeps what is finished; the same command goes on from there")
-        raise
-    for path in paths:
-        journal.discard(path)
 
 
 def evaluate(

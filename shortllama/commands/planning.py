@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from shortllama import console, display, options, plans, pruning, sources
+from shortllama import console, display, journal, options, plans, pruning, sources
 from shortllama import scores as score_files
 from shortllama.commands import groups
+from shortllama.commands.resuming import resumable
 from shortllama.difference import difference
 from shortllama.errors import InputError
 from shortllama.plans import Plan
@@ -20,6 +21,7 @@ from shortllama.sources import Source
 
 PlanOut = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the plan here.")]
 PlanPath = Annotated[Path, typer.Argument(help="A plan file, or a checkpoint folder that holds one.")]
+Shown = Annotated[Path, typer.Argument(help="A plan or scores file, or a checkpoint folder.", show_default=False)]
 
 # What a preset leaves open: how much to remove, and what must stay.
 _BESIDE_PRESET = ("preset", "ratio", "blocks", "target_params", "at_most", "protect")
@@ -42,13 +44,14 @@ def plan(
     """
     options.check_output_file(out)
     source = sources.locate(model)
-    made, _ = make(source, choosing, measuring, allotting, calibrating)
-    if made.compensation and choosing.scores is None:
-        console.say(
-            "note: the biases of this plan come from its scores, which are not kept; to apply it later, write them "
-            "first (score --out) and give them to plan and prune, or prune at once (prune --method)"
-        )
-    _deliver(made, source.shape, out, as_json)
+    with resumable([out]):
+        made, _ = make(source, choosing, measuring, allotting, calibrating, out)
+        if made.compensation and choosing.scores is None:
+            console.note(
+                "the biases of this plan come from its scores, which are not kept; to apply it later, write them "
+                "first (score --out) and give them to plan and prune, or prune at once (prune --method)"
+            )
+        _deliver(made, source.shape, out, as_json)
 
 
 def make(
@@ -57,8 +60,12 @@ def make(
     measuring: groups.Measuring,
     allotting: groups.Allotting,
     calibrating: groups.Calibrating,
+    out: Path | None,
 ) -> tuple[Plan, Scores | None]:
-    """Return the plan of a method with its scores, or of a preset, and tell what the user should know about it."""
+    """Return the plan of a method with its scores, or of a preset, and tell what the user should know about it.
+
+    Where it has to score first, a journal beside `out` keeps what is finished; see `resumable`.
+    """
     target, protection = choosing.target, choosing.protection
     if choosing.preset is not None:
         reason = "--preset is a published order that needs no scores"
@@ -78,7 +85,8 @@ def make(
             groups.scoring(measuring, calibrating),
             scores,
             progress=progress,
-            note=lambda text: console.say(f"note: {text}"),
+            note=console.note,
+            journal=None if out is None else journal.beside(out),
         )
 
 
@@ -105,8 +113,15 @@ def _deliver(made: Plan, base: ModelShape, out: Path | None, as_json: bool) -> N
         display.show_plan(made, base)
 
 
-def show(path: PlanPath, as_json: options.Json = False) -> None:
-    """Show what a plan keeps, or what a checkpoint folder holds: its plan, shape, costs and retraining."""
+def show(path: Shown, as_json: options.Json = False) -> None:
+    """Show what a plan keeps, how scores rank, or what a checkpoint folder holds: plan, shape, costs and retraining."""
+    if path.is_file() and score_files.is_scores(path):
+        scores = score_files.read_scores(path)
+        if as_json:
+            console.emit(scores)
+        else:
+            display.show_scores(scores)
+        return
     shape = sources.from_folder(str(path), path).shape if path.is_dir() else None
     held = plans.read_plan(path) if shape is None or (path / "plan.json").exists() else None
     base = pruning.base_at_hand(held) if held else None

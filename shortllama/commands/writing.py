@@ -11,6 +11,7 @@ from shortllama import console, display, exporting, options, plans, pruning, sou
 from shortllama import scores as score_files
 from shortllama.commands import groups
 from shortllama.commands.planning import make
+from shortllama.commands.resuming import resumable
 from shortllama.errors import InputError, VerificationError
 from shortllama.plans import Plan
 from shortllama.scores import Scores
@@ -41,16 +42,17 @@ def prune(
     source = sources.locate(model)
     if source.folder is None:
         raise InputError(f"{model} is a shape without weights; prune a folder, a hub id or 'reference'")
-    if plan is None:
-        made, scores = make(source, choosing, measuring, allotting, calibrating)
-    else:
-        made = plans.read_plan(plan)
-        # A plan with biases takes the scores that hold them; where files are looked up matters to no plan.
-        but = ("data_dir", "trust_remote_code", *(["scores"] if made.compensation else []))
-        reason = "--plan says what to remove already"
-        groups.refuse(reason, choosing, measuring, allotting, calibrating, but=but)
-        scores = None if choosing.scores is None else score_files.read_scores(choosing.scores)
-    _write(source, made, scores, out, as_json)
+    with resumable([out]):
+        if plan is None:
+            made, scores = make(source, choosing, measuring, allotting, calibrating, out)
+        else:
+            made = plans.read_plan(plan)
+            # A plan with biases takes the scores that hold them; where files are looked up matters to no plan.
+            but = ("data_dir", "trust_remote_code", *(["scores"] if made.compensation else []))
+            reason = "--plan says what to remove already"
+            groups.refuse(reason, choosing, measuring, allotting, calibrating, but=but)
+            scores = None if choosing.scores is None else score_files.read_scores(choosing.scores)
+        _write(source, made, scores, out, as_json)
 
 
 def _write(source: Source, made: Plan, scores: Scores | None, out: Path, as_json: bool) -> None:
