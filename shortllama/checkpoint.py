@@ -10,8 +10,7 @@ Manifest history: shortllama.manifest/1: first.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from shortllama import configs, files, layout, sources, tensorfile
+from shortllama.digests import digest_of, write_digested
 from shortllama.errors import InputError, PlanError
 from shortllama.families import lookup
 from shortllama.plans import Plan, check_base, shape_after, write_plan
@@ -28,6 +28,9 @@ from shortllama.tensorfile import Planned, Stored
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+# Called with the bytes of weights written so far, and those to write.
+Progress = Callable[[int, int], None]
 
 MARK = "plan.json"
 MANIFEST = "manifest.json"
@@ -179,10 +182,13 @@ def _tokenizer(folder: Path, model: PreTrainedModel, trust_remote_code: bool) ->
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Manifest:
+def write(
+    source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+) -> Manifest:
     """Write what `plan` keeps of a source's weights to the folder `out`; returns its manifest.
 
-    From file to file, a few MiB at a time, in the source's dtype. `out` appears complete or not at all.
+    From file to file, a few MiB at a time, in the source's dtype; `progress(done, total)` counts bytes of weights.
+    `out` appears complete or not at all.
     Raises PlanError for a blind plan, one of another base, or one with compensation (which needs a model: `apply`
     and `save`); InputError for unusable weights or an `out` that is not ours.
     """
@@ -200,7 +206,7 @@ def write(source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD
         one, part = stored[taken[name].source], taken[name]
         planned.append(Planned(name, one.code, size, partial(tensorfile.cut, one, part.rows, part.columns)))
     config = configs.pruned_config(configs.base_config(found.config), plan.keep)
-    return _write_folder(out, plan, after, config, planned, folder, shard_bytes, {})
+    return _write_folder(out, plan, after, config, planned, folder, shard_bytes, progress=progress)
 
 
 def save(
@@ -211,11 +217,12 @@ def save(
     companions: Path | None = None,
     documents: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write a model in memory, as `surgery.apply` or retraining left it, to the folder `out`; returns its manifest.
 
     `plan` is how it was made from its base and travels along; tokenizer files are copied from the folder `companions`.
-    `documents` are written beside them, by file name, and digested like them.
+    `documents` are written beside them, by file name, and digested like them. `progress` is that of `write`.
     """
     from shortllama import surgery
 
@@ -225,7 +232,9 @@ def save(
     code = tensorfile.NAMES[surgery.dtype_name(model)]
     planned = [Planned(name, code, size, partial(raw_pieces, parameters[name])) for name, size in dimensions.items()]
     config = surgery.config_dict(model)
-    return _write_folder(out, plan, shape, config, planned, companions, shard_bytes, documents or {})
+    return _write_folder(
+        out, plan, shape, config, planned, companions, shard_bytes, documents=documents, progress=progress
+    )
 
 
 def refuse_own_folder(out: Path, source: Path) -> None:
@@ -256,17 +265,19 @@ def _write_folder(
     planned: list[Planned],
     companions: Path | None,
     shard_bytes: int,
-    documents: Mapping[str, bytes],
+    *,
+    documents: Mapping[str, bytes] | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     dtype = tensorfile.DTYPES[max(planned, key=lambda one: one.size).code]
     stock = configs.stock_config(config, shape)
     final = configs.finished(stock or configs.own_config(config, shape), dtype)
     with files.new_folder(out, MARK) as folder:
-        weights = tensorfile.write_folder(folder, planned, shard_bytes)
+        weights = tensorfile.write_folder(folder, planned, shard_bytes, progress)
         copied = copy_companions(companions, folder) if companions else {}
-        for name, data in documents.items():
+        for name, data in (documents or {}).items():
             files.write_atomically(folder / name, data)
-            copied[name] = tensorfile.digest_of(folder / name)
+            copied[name] = digest_of(folder / name)
         manifest = Manifest(
             form="stock" if stock else "shortllama",
             model_type=final["model_type"],
@@ -304,10 +315,9 @@ def copy_companions(source: Path, folder: Path) -> dict[str, str]:
         target = folder / name
         try:
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
         except OSError as error:
-            raise InputError(f"{path}: cannot be copied ({error.strerror})") from error
-        digests[name] = tensorfile.digest_of(target)
+            raise InputError(f"{target.parent}: cannot be made ({error.strerror})") from error
+        digests[name] = write_digested(target, [files.read_bytes(path)])
     return digests
 
 

@@ -7,17 +7,19 @@ JSON header, and raw little-endian rows (https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from shortllama import files
+from shortllama.digests import CHUNK_BYTES, PIECES, Piece, write_digested
 from shortllama.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -27,9 +29,6 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES = {name: code for code, name in DTYPES.items()}
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
-# Large enough that calls cost nothing, small enough that a copy needs no memory worth naming.
-CHUNK_BYTES = 8 << 20
 
 # A header of 100 MB is the format's own limit; it also stops a garbage length from being allocated.
 _HEADER_LIMIT = 100_000_000
@@ -125,31 +124,31 @@ def _broken(path: Path, why: str) -> InputError:
     return InputError(f"{path}: not a whole safetensors file ({why}); copy or download it again")
 
 
-def rows(one: Stored, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, bytearray]]:
+def rows(one: Stored, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, memoryview]]:
     """Yield a tensor's first row number and raw bytes, some whole rows at a time, by plain reads.
 
-    The same buffer is used for all chunks of one size: use it before taking the next.
+    A chunk stays as it is until PIECES - 1 more have been taken: buffers are used in turn.
     """
     if not one.row_bytes:
         return
     step = max(1, chunk_bytes // one.row_bytes)
-    buffer = bytearray()
+    count = min(PIECES, -(-one.dimensions[0] // step))
+    buffers = cycle([bytearray(min(step, one.dimensions[0]) * one.row_bytes) for _ in range(count)])
     try:
         with one.file.open("rb", buffering=0) as file:
             file.seek(one.start)
             for first in range(0, one.dimensions[0], step):
                 wanted = min(step, one.dimensions[0] - first) * one.row_bytes
-                if len(buffer) != wanted:
-                    buffer = bytearray(wanted)
-                _read_into(file, memoryview(buffer), one.file)
-                yield first, buffer
+                chunk = memoryview(next(buffers))[:wanted]
+                _read_into(file, chunk, one.file)
+                yield first, chunk
     except OSError as error:
         raise InputError(f"{one.file}: cannot be read ({error.strerror})") from error
 
 
 def cut(
     one: Stored, kept_rows: tuple[int, ...] | None = None, kept_columns: tuple[int, ...] | None = None
-) -> Iterator[memoryview | bytearray]:
+) -> Iterator[memoryview]:
     """Yield the bytes of a tensor's kept rows (axis 0) and columns (axis 1), some rows at a time; None keeps all."""
     if kept_rows is None and kept_columns is None:
         yield from (raw for _, raw in rows(one))
@@ -195,7 +194,7 @@ class Planned(msgspec.Struct, frozen=True):
     name: str
     code: str
     dimensions: tuple[int, ...]
-    pieces: Callable[[], Iterable[bytes | bytearray | memoryview]]
+    pieces: Callable[[], Iterable[Piece]]
 
     @property
     def size(self) -> int:
@@ -203,25 +202,44 @@ class Planned(msgspec.Struct, frozen=True):
         return math.prod(self.dimensions) * ITEM_BYTES[self.code]
 
 
-def write_folder(folder: Path, planned: list[Planned], shard_bytes: int) -> dict[str, str]:
+def write_folder(
+    folder: Path, planned: list[Planned], shard_bytes: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, str]:
     """Write tensors as model.safetensors, or as shards of at most `shard_bytes` (or one tensor) with an index.
 
-    Streams: memory is that of one piece. Returns the SHA-256 of each weight file by name. Raises InputError where
-    the disk is full or not writable; the caller removes the folder.
+    Streams: memory is that of a few pieces. `progress(done, total)` counts the tensors' bytes. Returns the SHA-256 of
+    each weight file by name. Raises InputError where the disk has no room or is not writable; the caller removes the
+    folder.
     """
+    total = sum(one.size for one in planned)
+    _require_room(folder, total)
     shards = _split(planned, shard_bytes)
     names = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
-    digests = {name: _write_file(folder / name, shard) for name, shard in zip(names, shards, strict=True)}
+    digests: dict[str, str] = {}
+    done = 0
+    for name, shard in zip(names, shards, strict=True):
+        pieces = _pieces(shard, _header(shard), done, lambda now: progress(now, total) if progress else None)
+        digests[name] = write_digested(folder / name, pieces)
+        done += sum(one.size for one in shard)
     if len(shards) > 1:
         located = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
-        total = sum(one.size for one in planned)
         document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(located.items()))}
         files.write_atomically(folder / INDEX, files.encode_json(document))
     return digests
+
+
+def _require_room(folder: Path, wanted: int) -> None:
+    """Raise InputError where the disk has less room than `wanted` bytes: before hours of work, not after."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise InputError(
+            f"{folder.parent}: {free / 1e9:.2f} GB are free, the weights need {wanted / 1e9:.2f} GB; make room or give "
+            "another --out"
+        )
 
 
 def _split(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]:
@@ -236,44 +254,26 @@ def _split(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]:
     return shards
 
 
-def _write_file(path: Path, planned: list[Planned]) -> str:
+def _header(planned: list[Planned]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for one in planned:
         entries[one.name] = {"dtype": one.code, "shape": one.dimensions, "data_offsets": [offset, offset + one.size]}
         offset += one.size
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    digest = hashlib.sha256()
-    try:
-        with path.open("wb") as file:
-            for piece in _pieces(len(text).to_bytes(8, "little") + text, planned):
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise InputError(f"{path.name}: cannot be written ({error.strerror})") from error
-    return digest.hexdigest()
+    # The format asks for 8 bytes; at 64 a reader that maps the file has its tensors where vector instructions want them.
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(start: bytes, planned: list[Planned]) -> Iterator[bytes | bytearray | memoryview]:
+def _pieces(planned: list[Planned], start: bytes, done: int, report: Callable[[int], object]) -> Iterator[Piece]:
+    """Yield a file's bytes; `report` gets the tensors' bytes that have been taken, beginning with `done`."""
     yield start
     for one in planned:
         written = 0
         for piece in one.pieces():
             written += len(piece)
             yield piece
+            report(done + written)
         assert written == one.size, (one.name, written, one.size)
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(CHUNK_BYTES):
-                digest.update(piece)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
+        done += written

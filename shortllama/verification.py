@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shortllama import checkpoint, configs, engines, files, sources, stock_reload, tensorfile
+from shortllama import checkpoint, configs, engines, files, sources, stock_reload
 from shortllama.compensation import OUTPUTS
+from shortllama.digests import digest_of
 from shortllama.errors import InputError
 from shortllama.exporting import MARK as EXPORT_MARK
 from shortllama.exporting import Export
@@ -133,7 +134,7 @@ def _recorded(folder: Path, shape: ModelShape) -> list[Check]:
         return []
     record = files.decode_json(files.read_bytes(file), records[file.name], str(file))
     recorded = {**record.weights, **record.companions}
-    changed = [name for name, digest in recorded.items() if tensorfile.digest_of(folder / name) != digest]
+    changed = [name for name, digest in recorded.items() if digest_of(folder / name) != digest]
     seen = f"changed since written: {', '.join(changed)}" if changed else f"{len(recorded)} files as written"
     same = record.shape_digest == shape.digest()
     return [

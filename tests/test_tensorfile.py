@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from shortllama import tensorfile
+from shortllama.digests import digest_of
 from shortllama.errors import InputError
 from shortllama.tensorfile import Planned
 
@@ -43,7 +44,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path):
     read = load_file(tmp_path / tensorfile.SINGLE)
     assert read.keys() == ARRAYS.keys()
     assert all(np.array_equal(read[name], ARRAYS[name]) and read[name].dtype == ARRAYS[name].dtype for name in ARRAYS)
-    assert digests == {tensorfile.SINGLE: tensorfile.digest_of(tmp_path / tensorfile.SINGLE)}
+    assert digests == {tensorfile.SINGLE: digest_of(tmp_path / tensorfile.SINGLE)}
 
 
 def test_we_read_what_the_library_writes(tmp_path: Path):

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from shortllama import checkpoint, files, tensorfile
+from shortllama.digests import digest_of
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.exporting import MARK, Export
 from shortllama.exporting.arrays import Opened, load, opened
@@ -64,7 +65,7 @@ def export(model: str | Path, out: Path) -> Export:
             source_kv_bytes_per_token=source.shape.kv_bytes_per_token(source.dtype),
             shape_digest=after.digest(),
             source_shape_digest=source.shape.digest(),
-            weights={FILE: tensorfile.digest_of(folder / FILE)},
+            weights={FILE: digest_of(folder / FILE)},
             companions={},
             version=checkpoint.package_version(),
         )
