@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,8 +18,9 @@ import pytest
 from bench import store
 from bench.cells import read_suite
 from bench.cli import app
-from shortllama import blind, catalogue, console
-from shortllama.plans import write_plan
+from shortllama import blind, catalogue, console, planning
+from shortllama.plans import Target, write_plan
+from shortllama.scores import read_scores
 from shortllama.shape import ModelShape
 
 ROOT = Path(__file__).parent.parent
@@ -32,14 +34,50 @@ batch = [1, 2]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoint `tiny`, and the scores of it by mag."""
+    """A folder with the checkpoint `tiny`, the scores of it by mag, and models with which something is wrong."""
     from shortllama import surgery
 
     shape = ModelShape.uniform(vocabulary=97, hidden=64, head_dim=8, blocks=4, query_heads=8, kv_heads=4, neurons=96)
     path = tmp_path_factory.mktemp("models")
-    surgery.build(shape, std=0.2).save_pretrained(path / "tiny")
+    model = surgery.build(shape, std=0.2)
+    model.save_pretrained(path / "tiny")
+    words().save_pretrained(path / "tiny")
+    broken_models(path, model)
     assert console.run(app, ["score", str(path / "tiny"), "--criterion", "mag", "--out", str(path / "mag.json")]) == 0
     return path
+
+
+def words() -> Any:
+    """A tokenizer of whole words, without a BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = Tokenizer(models.WordLevel({"<unk>": 0, "so": 1, "it": 2, "goes": 3}, unk_token="<unk>"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=known, unk_token="<unk>")
+
+
+def broken_models(path: Path, model: Any) -> None:
+    """Write checkpoints: weights not finite, pickled weights, a later revision, a family that needs a BOS."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    from shortllama import surgery
+
+    shutil.copytree(path / "tiny", path / "pickled")
+    (path / "pickled" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), path / "pickled" / "pytorch_model.bin")
+    fewer = blind.parse("depth:3", model="tiny", shape=surgery.shape_of(model))
+    surgery.apply(fewer, model).save_pretrained(path / "newer" / "tiny")
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data[0, 0] = float("nan")
+    model.save_pretrained(path / "infected")
+    words().save_pretrained(path / "infected")
+    weight.data[0, 0] = 0.1
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "head_dim": 4}
+    config = Gemma2Config(vocab_size=97, num_hidden_layers=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path / "gemma")
+    words().save_pretrained(path / "gemma")
 
 
 @pytest.fixture
@@ -62,12 +100,32 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "bad_ids.jsonl").write_text("[1, 2, 3]\n[1, 2,\n")
+    (tmp_path / "few.txt").write_text("so it goes")
+    (tmp_path / "many.txt").write_text("so it goes " * 1000)
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "nothing").write_text("")
+    write_scores_and_plans(tmp_path, tiny)
     (tmp_path / "large_ids.jsonl").write_text("[1, 2, 97]\n")
     for name, text in suites().items():
         (tmp_path / f"{name}.toml").write_text(text)
     broken_run(tmp_path / "broken")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_scores_and_plans(folder: Path, tiny: ModelShape) -> None:
+    """Write scores that rank nothing, and a plan of real scores."""
+    scores = read_scores(folder / "mag.json")
+    fields = json.loads((folder / "mag.json").read_text())
+    text = json.dumps({**fields, "blocks": [1.0] * 4})
+    assert text.count("1.0,") == 3
+    (folder / "equal.json").write_text(text)
+    (folder / "nan.json").write_text(text.replace("1.0,", "NaN,", 1))
+    (folder / "huge.json").write_text(text.replace("1.0,", "1e999,", 1))
+    target = Target("blocks", 1)
+    write_plan(
+        folder / "one.json", planning.make_plan_for("mag", model="tiny", shape=tiny, target=target, scores=scores)
+    )
 
 
 def suites() -> dict[str, str]:
@@ -161,6 +219,41 @@ CASES = {
         ["bad_ids.jsonl", "2"],
     ),
     "calibration ids too large": ("eval tiny --ppl ids:large_ids.jsonl --out q.json", ["97"]),
+    "calibration shorter than a sequence": (
+        "score tiny --criterion ppl --calibration few.txt --out s.json",
+        ["few.txt", "0 windows of 128 tokens", "10 were asked for", "shorter length"],
+    ),
+    "calibration with too few sequences": (
+        "score tiny --criterion ppl --calibration many.txt --samples 24 --out s.json",
+        ["many.txt", "23 windows of 128 tokens", "24 were asked for"],
+    ),
+    "calibration of blank text": ("prune tiny --method ppl --ratio 0.3 --calibration blank.txt --out new", ["no text"]),
+    "calibration of an empty file": ("score tiny --criterion bi --calibration nothing", ["nothing", "no text"]),
+    "evaluation of an empty file": ("eval tiny --ppl nothing --out q.json", ["nothing"]),
+    "calibration without the BOS that the family needs": (
+        "score gemma --criterion bi --calibration many.txt --out s.json",
+        ["many.txt", "gemma2 models need a BOS", "bos_token"],
+    ),
+    "calibration from the hub in a wrong form": ("score tiny --criterion bi --calibration hf:a:b:c:d", ["hf:NAME"]),
+    "scores that are not numbers": ("plan tiny --method mag --blocks 1 --scores nan.json", ["nan.json", "JSON"]),
+    "scores that are not finite": ("plan tiny --method mag --blocks 1 --scores huge.json", ["huge.json", "range"]),
+    "scores that are all equal": (
+        "prune tiny --method mag --blocks 1 --scores equal.json --out new",
+        ["all 4 values equal 1.0", "ranks nothing"],
+    ),
+    "weights that are not finite": ("score infected --criterion mag --out s.json", ["scores.blocks[1] is nan"]),
+    "logits that are not finite": (
+        "prune infected --method bi --blocks 1 --calibration many.txt --length 8 --out new",
+        ["not finite"],
+    ),
+    "pickled weights scored": ("score pickled --criterion mag --out s.json", ["pytorch_model.bin", "never loaded"]),
+    "pickled weights pruned": ("prune pickled --plan one.json --out new", ["pytorch_model.bin", "safetensors"]),
+    "pickled weights verified": ("verify pickled", ["pytorch_model.bin", "safetensors"]),
+    "plan of another revision": ("prune newer/tiny --plan one.json --out new", ["tiny@", "3 blocks"]),
+    "scores of another revision": (
+        "prune newer/tiny --method mag --blocks 1 --scores mag.json --out new",
+        ["4 blocks", "3 blocks"],
+    ),
     "calibration missing": ("eval tiny --ppl nothing.txt --out q.json", ["nothing.txt"]),
     "nothing to evaluate": ("eval tiny", ["--ppl"]),
     "output folder not ours": (f"{PRUNE} theirs", ["theirs", "plan.json", "--out"]),
