@@ -12,8 +12,9 @@ write checkpoints (`shortllama prune`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from shortllama import methods, planning, presets, pruning, sources
 from shortllama.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, SELF, Calibration
@@ -43,9 +44,45 @@ def load(
     return checkpoint.load(name, dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code)
 
 
+@overload
 def score(
     model: Any,
     criterion: str,
+    *,
+    calibration: str | Calibration = ...,
+    tokenizer: Any = ...,
+    samples: int = ...,
+    length: int = ...,
+    seed: int = ...,
+    data_dir: Path | None = ...,
+    unit: Unit | None = ...,
+    reductions: Reductions | None = ...,
+    towards: ModelShape | None = ...,
+    variant: Variant | None = ...,
+) -> Scores: ...
+
+
+@overload
+def score(
+    model: Any,
+    criterion: Sequence[str],
+    *,
+    calibration: str | Calibration = ...,
+    tokenizer: Any = ...,
+    samples: int = ...,
+    length: int = ...,
+    seed: int = ...,
+    data_dir: Path | None = ...,
+    unit: Unit | None = ...,
+    reductions: Reductions | None = ...,
+    towards: ModelShape | None = ...,
+    variant: Variant | None = ...,
+) -> dict[str, Scores]: ...
+
+
+def score(
+    model: Any,
+    criterion: str | Sequence[str],
     *,
     calibration: str | Calibration = SELF,
     tokenizer: Any = None,
@@ -57,8 +94,11 @@ def score(
     reductions: Reductions | None = None,
     towards: ModelShape | None = None,
     variant: Variant | None = None,
-) -> Scores:
-    """Return the scores of a transformers model by a criterion; higher = keep.
+) -> Scores | dict[str, Scores]:
+    """Return the scores of a transformers model by a criterion, or by several as a dict; higher = keep.
+
+    Several share the calibration, and those that only watch a forward pass (bi, angular, relative-magnitude, norm)
+    share that pass.
 
     `calibration`: "self" (sampled from the model), a text or JSONL file (needs `tokenizer`), `ids:FILE.jsonl`, or a
     Calibration made before. `unit` "module" scores attention and FFNs apart. `reductions`: how mag and taylor aggregate
@@ -68,14 +108,16 @@ def score(
     """
     from shortllama import scoring
 
-    used = _calibration(model, criterion, calibration, tokenizer, samples, length, seed, data_dir, variant)
+    names = (criterion,) if isinstance(criterion, str) else tuple(criterion)
+    used = _calibration(model, names, calibration, tokenizer, samples, length, seed, data_dir, variant)
     how: dict[str, Any] = {"unit": unit, "reductions": reductions, "towards": towards, "variant": variant}
-    return scoring.score(model, criterion, used, **how, seed=seed)
+    found = scoring.score_all(model, names, used, **how, seed=seed)
+    return found[criterion] if isinstance(criterion, str) else found
 
 
 def _calibration(
     model: Any,
-    criterion: str,
+    names: Sequence[str],
     source: str | Calibration,
     tokenizer: Any,
     samples: int,
@@ -84,12 +126,12 @@ def _calibration(
     data_dir: Path | None,
     variant: Variant | None,
 ) -> Calibration | None:
-    """The calibration that a criterion needs, or None."""
+    """The calibration that the criteria need, or None."""
     from shortllama import calibration, criteria
 
     if isinstance(source, Calibration):
         return source
-    if criteria.needs(criteria.lookup(criterion), variant) != "calibration":
+    if all(criteria.needs(criteria.lookup(name), variant) != "calibration" for name in names):
         return None
     return calibration.load(
         source, tokenizer=tokenizer, model=model, samples=samples, length=length, seed=seed, data_dir=data_dir
@@ -151,7 +193,7 @@ def plan(
         from shortllama import scoring
 
         row = methods.lookup(method)
-        used = _calibration(model, row.criterion, calibration, tokenizer, samples, length, seed, data_dir, variant)
+        used = _calibration(model, (row.criterion,), calibration, tokenizer, samples, length, seed, data_dir, variant)
         how: dict[str, Any] = {"unit": unit, "seed": seed, "reductions": reductions}
         if iterative:
             goal = planning.goal_for(method, shape=shape, target=target, unit=unit, at_most=at_most)
