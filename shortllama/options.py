@@ -96,6 +96,13 @@ _ALLOTTED = (
     f"{', '.join(variants.STRUCTURES['llm-pruner'])} (llm-pruner)"
 )
 Structure = Annotated[str | None, typer.Option(help=f"How widths are allotted to blocks and modules: {_ALLOTTED}.")]
+Axis = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(variants.AXES),
+        help="What goes of attentions: KV heads with their query heads, or as many query heads of every KV head.",
+    ),
+]
 VariantSteps = Annotated[
     int | None, typer.Option("--steps", metavar="N", help="Prune in N steps, each scored anew (llm-pruner).")
 ]

@@ -16,7 +16,7 @@ from shortllama.plans import Target
 from shortllama.removals import Unit
 from shortllama.scores import Scores, check_finite
 from shortllama.shape import ModelShape
-from shortllama.variants import Variant
+from shortllama.variants import AXES, Variant, axis_of
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -104,6 +104,7 @@ def check(request: Request) -> None:
         )
     request.variant.check(request.method.name, request.method.criterion)
     check_unit(request.shape, request.scored_unit)
+    _check_axis(request)
     kind, value = request.target.kind, request.target.value
     blockwise = request.method.unit == "block" and request.depth_unit == "block"
     known = ("ratio", "blocks", "target-params") if blockwise else ("ratio", "target-params")
@@ -135,6 +136,17 @@ def check_unit(shape: ModelShape, unit: str) -> None:
         )
 
 
+def _check_axis(request: Request) -> None:
+    """Raise InputError where query heads should go from groups that have one each."""
+    if axis_of(request.variant) == AXES[0]:
+        return
+    if all(request.shape.blocks[index].queries_per_group < 2 for index in request.unprotected):
+        raise InputError(
+            f"--axis {request.variant.axis}: every KV head of the blocks that may be touched is read by one query "
+            f"head, so none can go alone; use --axis {AXES[0]}"
+        )
+
+
 def _check_scores(request: Request, scores: Scores) -> None:
     method, shape = request.method, request.shape
     if scores.criterion != method.criterion:
@@ -150,7 +162,7 @@ def _check_scores(request: Request, scores: Scores) -> None:
             if scores.order is not None
             else "--iterative needs scores that were made so; score again with --iterative"
         )
-    lists = _lists(scores, request.scored_unit, shape)
+    lists = _lists(scores, request.scored_unit, shape, queries=axis_of(request.variant) != AXES[0])
     for name, (values, sizes) in lists.items():
         if values is None:
             raise InputError(f"scores lack {name!r}, which method {method.name} needs; score again")
@@ -179,7 +191,9 @@ def _has_runs(scores: Scores, blocks: int) -> bool:
     return all(len(runs.get(str(length), ())) == blocks - length + 1 for length in range(1, blocks + 1))
 
 
-def _lists(scores: Scores, unit: str, shape: ModelShape) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]:
+def _lists(
+    scores: Scores, unit: str, shape: ModelShape, *, queries: bool
+) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]]:
     """For each list the method reads: the number of scores in each block, and of units the model has there."""
     if unit == "block":
         return {"blocks": (_present(scores.blocks), (1,) * len(shape.blocks))}
@@ -188,9 +202,12 @@ def _lists(scores: Scores, unit: str, shape: ModelShape) -> dict[str, tuple[tupl
             "attention": (_present(scores.attention), tuple(int(block.kv_heads > 0) for block in shape.blocks)),
             "mlp": (_present(scores.mlp), tuple(int(block.neurons > 0) for block in shape.blocks)),
         }
+    heads = scores.query_heads or None
+    inside = {"query_heads": (_lengths(heads), tuple(block.query_heads for block in shape.blocks))} if queries else {}
     return {
         "kv_groups": (_lengths(scores.kv_groups), tuple(block.kv_heads for block in shape.blocks)),
         "neurons": (_lengths(scores.neurons), tuple(block.neurons for block in shape.blocks)),
+        **inside,
     }
 
 

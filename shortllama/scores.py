@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from shortllama import files
 from shortllama.errors import InputError
@@ -44,7 +45,8 @@ class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Scores of one model. Which lists are present depends on `unit`; each has one entry (or list) per block.
 
     unit "block": `blocks`. unit "module": `attention`, `mlp`, null where a block has none. unit "width": `kv_groups`
-    (L lists of K), `neurons` (L lists of F). Scores are comparable between blocks only where the criterion says so.
+    (L lists of K), `neurons` (L lists of F), and where KV heads are shared `query_heads` (L lists of H, comparable
+    within a group). Scores are comparable between blocks only where the criterion says so.
     `runs`: by length n, one value for each run of n blocks (angular). `order`: what an iterative run removed, one after
     the other, as `removals.Piece` texts; the lists are then those of the dense model, its first step. `calibration` is
     the description written by `calibration.describe`: source, digest, samples, length, seed; null for data-free
@@ -60,6 +62,7 @@ class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mlp: tuple[float | None, ...] | None = None
     kv_groups: tuple[tuple[float, ...], ...] | None = None
     neurons: tuple[tuple[float, ...], ...] | None = None
+    query_heads: tuple[tuple[float, ...], ...] | UnsetType = UNSET
     runs: dict[str, tuple[float, ...]] | None = None
     calibration: dict[str, Any] | None = None
     details: dict[str, Any] | None = None
@@ -92,7 +95,8 @@ def check_finite(scores: Scores) -> None:
             raise InputError(
                 f"scores.{name}: all {len(values)} values equal {values[0][1]}; this criterion ranks nothing here"
             )
-    for name, lists in {"kv_groups": scores.kv_groups, "neurons": scores.neurons}.items():
+    queries = scores.query_heads or ()
+    for name, lists in {"kv_groups": scores.kv_groups, "neurons": scores.neurons, "query_heads": queries}.items():
         for block, values in enumerate(lists or ()):
             if not all(map(math.isfinite, values)):
                 raise InputError(

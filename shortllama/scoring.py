@@ -224,6 +224,7 @@ def _scores(
         mlp=found.mlp,
         kv_groups=found.kv_groups,
         neurons=found.neurons,
+        query_heads=_query_heads(task.shape, found),
         runs=found.runs,
         calibration=task.calibration.description if task.calibration else None,
         details=found.details,
@@ -231,6 +232,12 @@ def _scores(
     )
     check_finite(scores)
     return scores
+
+
+def _query_heads(shape: ModelShape, found: criteria.Measured) -> Any:
+    """Return the scores of query heads where they say more than those of KV groups; where no head is shared, unset."""
+    shared = any(block.queries_per_group > 1 for block in shape.blocks)
+    return found.query_heads if shared and found.query_heads is not None else msgspec.UNSET
 
 
 # -- iterative runs: pieces are named by their blocks in the whole model, scores by their positions in what is left ----

@@ -14,6 +14,8 @@ from shortllama.errors import InputError
 
 FLAP = ("flap", "flap-exact")
 LLM_PRUNER = ("llm-pruner",)
+# Whose plans remove heads and neurons.
+WIDTH = (*FLAP, *LLM_PRUNER, "wanda-sp", "mag-sp")
 
 METRICS = ("WIFV", "WIFN", "IFV")
 ESTIMATORS = ("param_first", "param_second", "param_mix", "vectorize", "l1", "l2")
@@ -25,6 +27,8 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
     **{name: ("local", "global") for name in LLM_PRUNER},
 }
 MANUAL = ("AL-MM", "UL-MM")
+# Along which attentions shrink, the default first; see `axes`.
+AXES = ("kv-groups", "queries-per-group")
 
 _OUT_OF_SCOPE = {
     "unstructured": "single weights are not removed here: masks leave shapes, speed and memory as they are",
@@ -39,7 +43,8 @@ class Variant(msgspec.Struct, frozen=True):
     `metric`: what flap measures. `structure`: how widths are allotted to blocks and modules. `remove_heads`: KV heads
     (each with its query heads) that structures with manual modules remove, over all blocks. `estimator`,
     `group_reduction`: the salience of llm-pruner's weights, and how those of coupled weights become one; `steps`: in
-    how many parts, scored anew each time, it goes to its target.
+    how many parts, scored anew each time, it goes to its target. `axis`: whether whole KV groups go, or query heads of
+    every group.
     """
 
     metric: str | None = None
@@ -48,6 +53,7 @@ class Variant(msgspec.Struct, frozen=True):
     estimator: str | None = None
     group_reduction: str | None = None
     steps: int | None = None
+    axis: str | None = None
 
     def check_measured(self, criterion: str) -> None:
         """Raise InputError for what `criterion` does not measure."""
@@ -67,6 +73,8 @@ class Variant(msgspec.Struct, frozen=True):
         if reason:
             raise InputError(f"--structure {self.structure} is out of scope: {reason}")
         _one_of("--structure", self.structure, STRUCTURES.get(method, ()), method)
+        _one_of("--axis", self.axis, AXES if method in WIDTH else (), method)
+        self._check_axis(structure_of(method, self))
         structure, heads = structure_of(method, self), self.remove_heads
         if (structure in MANUAL) != (heads is not None):
             raise InputError(
@@ -81,11 +89,27 @@ class Variant(msgspec.Struct, frozen=True):
                 f"--steps {self.steps} is for --structure local: what each step removes globally, only scores tell"
             )
 
+    def _check_axis(self, structure: str | None) -> None:
+        """Raise InputError for a structure whose words mean nothing where as many heads go from every group."""
+        if axis_of(self) == AXES[0]:
+            return
+        if structure in MANUAL:
+            raise InputError(
+                f"--structure {structure} removes a number of KV heads, and with --axis {self.axis} all of them stay; "
+                "use AL-AM or UL-UM"
+            )
+        if structure == "global":
+            raise InputError(
+                f"--structure global compares single heads, and --axis {self.axis} removes one of every group at once; "
+                "use local"
+            )
+
     def said(self) -> list[str]:
         """Return what a plan's method says of this variant; nothing for defaults."""
         heads = [] if self.remove_heads is None else [f"{self.remove_heads} heads"]
         steps = [f"{self.steps} steps"] if steps_of(self) > 1 else []
-        return [t for t in (self.metric, self.estimator, self.group_reduction, self.structure) if t] + heads + steps
+        named = (self.metric, self.estimator, self.group_reduction, self.structure, self.axis)
+        return [text for text in named if text] + heads + steps
 
     def record(self, criterion: str) -> dict[str, str | int]:
         """Return what scores by `criterion` say of how they were measured."""
@@ -125,6 +149,11 @@ def group_reduction_of(variant: Variant) -> str:
 def steps_of(variant: Variant) -> int:
     """Return in how many steps llm-pruner goes to its target."""
     return variant.steps or 1
+
+
+def axis_of(variant: Variant) -> str:
+    """Return along which axis attentions shrink."""
+    return variant.axis or AXES[0]
 
 
 def _one_of(option: str, value: str | None, known: tuple[str, ...], owner: str) -> None:

@@ -1,4 +1,4 @@
-"""Which KV groups and neurons a width plan keeps: the best of each unprotected block."""
+"""Which heads and neurons a width plan keeps: the best of each unprotected block."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from shortllama import selection, width_rules
+from shortllama import axes, selection, width_rules
 from shortllama.errors import InputError, PlanError
 from shortllama.plans import COMPENSATED, BlockKeep, block_keep, with_biases
 from shortllama.request import Request
+from shortllama.scores import Scores
 from shortllama.shape import BlockShape
+from shortllama.variants import axis_of
 from shortllama.width_rules import Rule
 
 
@@ -23,23 +25,32 @@ def keep_widths(request: Request) -> tuple[BlockKeep, ...]:
     rule = width_rules.rule(request)
     ratio = _ratio_for_parameters(request, rule) if request.target.kind == "target-params" else request.target.value
     widths = _widths(request, rule, float(ratio))
-    whole = [(block.kv_heads, block.neurons) for block in request.shape.blocks]
-    if widths == whole:
+    if widths == request.shape.blocks:
+        head = axes.NOUNS[axis_of(request.variant)]
         raise InputError(
-            f"--{request.target.kind} {request.target.value:g} removes no KV group and no neuron"
+            f"--{request.target.kind} {request.target.value:g} removes no {head} and no neuron"
             f"{' once aligned' if request.align > 1 else ''}; ask for more"
         )
     scores = request.scores
     keep: list[BlockKeep] = []
-    for index, (block, (groups, neurons)) in enumerate(zip(request.shape.blocks, widths, strict=True)):
-        if groups == neurons == 0:
+    for index, (block, after) in enumerate(zip(request.shape.blocks, widths, strict=True)):
+        if after.kv_heads == after.neurons == 0:
             continue
         group_scores = scores.kv_groups[index] if scores and scores.kv_groups else None
         neuron_scores = scores.neurons[index] if scores and scores.neurons else None
-        keep.append(
-            block_keep(index, block, _choose(group_scores, groups), _choose(neuron_scores, neurons)),
-        )
+        groups, neurons = _choose(group_scores, after.kv_heads), _choose(neuron_scores, after.neurons)
+        keep.append(block_keep(index, block, groups, neurons, _queries(scores, index, groups, block, after)))
     return tuple(keep)
+
+
+def _queries(
+    scores: Scores | None, index: int, groups: tuple[int, ...], block: BlockShape, after: BlockShape
+) -> tuple[int, ...] | None:
+    """The query heads that stay inside `groups`; None where all do."""
+    if after.queries_per_group == block.queries_per_group:
+        return None
+    values = scores.query_heads[index] if scores and scores.query_heads else None
+    return selection.heads_within(groups, block.queries_per_group, after.queries_per_group, values)
 
 
 def _choose(scores: Sequence[float] | None, keep: int) -> tuple[int, ...]:
@@ -47,25 +58,20 @@ def _choose(scores: Sequence[float] | None, keep: int) -> tuple[int, ...]:
     return tuple(range(keep)) if scores is None else selection.highest(scores, keep)
 
 
-def _widths(request: Request, rule: Rule, ratio: float) -> list[tuple[int, int]]:
-    """KV groups and neurons that each block keeps at `ratio`, aligned; protected blocks keep all."""
-    # A multiple of `align` columns is a multiple of this many KV groups of head_dim columns.
-    group_multiple = request.align // math.gcd(request.align, request.shape.head_dim)
-    return [
-        (
-            selection.align_up(kept.groups, block.kv_heads, group_multiple),
-            selection.align_up(kept.neurons, block.neurons, request.align),
-        )
-        for block, kept in zip(request.shape.blocks, rule(ratio), strict=True)
-    ]
+def _widths(request: Request, rule: Rule, ratio: float) -> tuple[BlockShape, ...]:
+    """What each block keeps at `ratio`, aligned; protected blocks keep all."""
+    blocks: list[BlockShape] = []
+    for block, kept in zip(request.shape.blocks, rule(ratio), strict=True):
+        units = axes.units(request.variant, block)
+        # A multiple of `align` columns is a multiple of this many units.
+        multiple = request.align // math.gcd(request.align, units.columns(request.shape.head_dim))
+        heads = selection.align_up(kept.units, units.count, multiple)
+        blocks.append(units.left(block, heads, selection.align_up(kept.neurons, block.neurons, request.align)))
+    return tuple(blocks)
 
 
 def _parameters(request: Request, rule: Rule, ratio: float) -> int:
-    blocks: list[BlockShape] = []
-    for block, (groups, neurons) in zip(request.shape.blocks, _widths(request, rule, ratio), strict=True):
-        per_group = block.query_heads // block.kv_heads if block.kv_heads else 0
-        blocks.append(BlockShape(groups * per_group, groups, neurons))
-    after = msgspec.structs.replace(request.shape, blocks=tuple(blocks))
+    after = msgspec.structs.replace(request.shape, blocks=_widths(request, rule, ratio))
     return with_biases(after, COMPENSATED.get(request.compensation or "", ())).parameters
 
 

@@ -1,6 +1,7 @@
-"""How many KV groups and neurons each block keeps at a ratio: the published rules, over shapes and scores. Pure.
+"""How many heads and neurons each block keeps at a ratio: the published rules, over shapes and scores. Pure.
 
-Uniform rules count in each block alone. Adaptive ones put the units of all unprotected blocks in one order, best
+Heads are counted in units of an axis (`axes`): KV groups, for which the rules were published, or query heads of every
+group. Uniform rules count in each block alone. Adaptive ones put the units of all unprotected blocks in one order, best
 first, and keep those strictly above a threshold, so that units equal to it go too, as in FLAP's code. A rule sorts
 once and answers any number of ratios, because a target in parameters is searched by ratio.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from shortllama import variants
+from shortllama import axes, variants
 from shortllama.errors import InputError
 from shortllama.request import Request
 from shortllama.scores import Scores
@@ -21,9 +22,9 @@ from shortllama.shape import BlockShape, ModelShape
 
 
 class Widths(NamedTuple):
-    """What a block keeps."""
+    """What a block keeps: units of its attention, and neurons."""
 
-    groups: int
+    units: int
     neurons: int
 
 
@@ -64,21 +65,25 @@ def _free(request: Request) -> list[tuple[int, BlockShape]]:
 
 def _filled(request: Request, free: dict[int, Widths]) -> list[Widths]:
     """Widths of all blocks: protected ones are whole."""
-    return [free.get(i, Widths(b.kv_heads, b.neurons)) for i, b in enumerate(request.shape.blocks)]
+    return [free.get(i, Widths(_heads(request, b), b.neurons)) for i, b in enumerate(request.shape.blocks)]
+
+
+def _heads(request: Request, block: BlockShape) -> int:
+    return axes.units(request.variant, block).count
 
 
 # -- in each block alone ------------------------------------------------------------------------------------------
 
 
 def _uniform(request: Request) -> Rule:
-    """The method's own count of KV groups and of neurons, in every block."""
+    """The method's own count of units and of neurons, in every block."""
     removes = request.method.removes
 
+    def left(count: int, ratio: float) -> int:
+        return count - removes(count, ratio)
+
     def widths(ratio: float) -> list[Widths]:
-        kept = {
-            index: Widths(b.kv_heads - removes(b.kv_heads, ratio), b.neurons - removes(b.neurons, ratio))
-            for index, b in _free(request)
-        }
+        kept = {i: Widths(left(_heads(request, b), ratio), left(b.neurons, ratio)) for i, b in _free(request)}
         return _filled(request, kept)
 
     return widths
@@ -87,7 +92,7 @@ def _uniform(request: Request) -> Rule:
 def _local(request: Request) -> Rule:
     """LLM-Pruner's count in each block: C - int(C (1 - r)) channels of K and of the FFN, heads by whole d channels.
 
-    The code skips a module that would lose everything; here its best unit stays.
+    The code skips a module that would lose everything; here its best unit stays. Query heads are counted in a group's.
     """
     head_dim = request.shape.head_dim
 
@@ -96,7 +101,9 @@ def _local(request: Request) -> Rule:
         return units - min(gone, max(units - 1, 0))
 
     def widths(ratio: float) -> list[Widths]:
-        kept = {i: Widths(left(b.kv_heads, head_dim, ratio), left(b.neurons, 1, ratio)) for i, b in _free(request)}
+        kept = {
+            i: Widths(left(_heads(request, b), head_dim, ratio), left(b.neurons, 1, ratio)) for i, b in _free(request)
+        }
         return _filled(request, kept)
 
     return widths
@@ -166,9 +173,12 @@ class _Order:
         """Return how many units of each list stay when the `count` lowest go, and all that equal the best of those."""
         return self.above(len(self.negated) - count)
 
-    def nearest(self, share: float) -> int:
-        """Return the position whose costs so far come nearest to `share` of all; the first of two as near."""
-        wanted = self.costs[-1] * share if self.costs else 0.0
+    def nearest(self, share: float, fixed: int) -> int:
+        """Return the position whose costs so far, with `fixed` ones, come nearest to `share` of all; the first of two.
+
+        `fixed` is what stays whatever goes.
+        """
+        wanted = (self.costs[-1] + fixed) * share - fixed if self.costs else 0.0
         after = bisect_left(self.costs, wanted)
         near = range(max(after - 1, 0), min(after + 1, len(self.costs)))
         return min(near, key=lambda position: abs(self.costs[position] - wanted), default=0)
@@ -178,20 +188,24 @@ def _adaptive(request: Request) -> Rule:
     """FLAP's AL-AM: standardised heads and neurons of all blocks in one order, each priced by its parameters.
 
     In units of a neuron a head costs 4d/3, cut to a whole number by FLAP's code (an integer tensor) and by `flap`;
-    `flap-exact` prices the KV group's parameters exactly.
+    `flap-exact` prices the unit's parameters exactly. Of query heads, one of every group stays, and K and V do: they
+    are part of what the ratio is a share of, and of what is kept.
     """
-    free, exact = _free(request), request.method.name == "flap-exact"
-    lists, costs = [], []
-    for index, block in free:
-        values = group_values(request.shape, block)
-        lists += [_attention(request, index), _neurons(request, index)]
-        costs += [values if exact else values // 3 * 3, 3]
+    free, exact, head_dim = _free(request), request.method.name == "flap-exact", request.shape.head_dim
+    units = [axes.units(request.variant, block) for _, block in free]
+    lists, costs, fixed = [], [], 0
+    for one, (index, block) in zip(units, free, strict=True):
+        price = one.values(head_dim) if exact else one.values(head_dim) // 3 * 3
+        lists += [sorted(_attention(request, index))[: one.count - one.least], _neurons(request, index)]
+        costs += [price, 3]
+        of_attention = group_values(request.shape, block) * block.kv_heads
+        fixed += of_attention - one.values(head_dim) * one.count + price * one.least
     order = _Order(lists, costs)
 
     def widths(ratio: float) -> list[Widths]:
-        counts = order.above(order.nearest(1 - ratio))
-        pairs = zip(counts[::2], counts[1::2], strict=True)
-        return _filled(request, {index: Widths(*pair) for (index, _), pair in zip(free, pairs, strict=True)})
+        counts = order.above(order.nearest(1 - ratio, fixed))
+        pairs = zip(free, units, counts[::2], counts[1::2], strict=True)
+        return _filled(request, {index: Widths(above + one.least, left) for (index, _), one, above, left in pairs})
 
     return widths
 
@@ -242,16 +256,14 @@ def _pruned(count: int, ratio: float) -> int:
 
 
 def _attention(request: Request, index: int) -> list[float]:
-    """The mean standardised score of each KV group's channels (FLAP sec. 3.3), from the group's sum.
+    """The mean standardised score of each unit's channels (FLAP sec. 3.3), from the unit's sum.
 
     Channels are standardised over those of the block, with the unbiased deviation that the scores record; the mean
-    of a group's channels is then its own mean, standardised.
+    of a unit's channels is then its own mean, standardised.
     """
     scores, block = _scores(request), request.shape.blocks[index]
-    if not block.kv_heads or not scores.kv_groups:
-        return []
-    channels = block.query_heads // block.kv_heads * request.shape.head_dim
-    means = [total / channels for total in scores.kv_groups[index]]
+    channels = axes.units(request.variant, block).query_heads * request.shape.head_dim
+    means = [total / channels for total in axes.sums(request.variant, scores, index, block)]
     deviation = (scores.details or {})["attention_deviation"][index]
     return _standardised(means, deviation)
 

@@ -712,8 +712,12 @@ def test_wanda_sp_scores_each_block_behind_physically_pruned_ones(family, rows, 
     assert dense.kv_groups is not None
     assert dense.kv_groups[0] == scores.kv_groups[0]
     assert dense.kv_groups[3] != pytest.approx(scores.kv_groups[3], rel=1e-3), "the order of blocks does not matter"
-    assert scores.details == {"towards": {"kv_groups": [2, 3, 2, 2], "neurons": [13, 20, 13, 13]}}
+    wanted = {"query_heads": [4, 6, 4, 4], "kv_groups": [2, 3, 2, 2], "neurons": [13, 20, 13, 13]}
+    assert scores.details == {"towards": wanted}
     assert criteria.remark(scores, towards) is None
+    older = msgspec.structs.replace(scores, details={"towards": {k: wanted[k] for k in ("kv_groups", "neurons")}})
+    assert criteria.remark(older, towards) is None
+    assert "computed with other widths" in str(criteria.remark(older, shape))
     assert "computed with other widths" in str(criteria.remark(scores, shape))
     assert "computed with dense outputs" in str(criteria.remark(dense, towards))
     assert criteria.remark(scoring.score(model, "mag"), towards) is None

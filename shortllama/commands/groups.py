@@ -65,6 +65,7 @@ class Measuring(Group, frozen=True):
 class Allotting(Group, frozen=True):
     """How a width method turns scores into widths."""
 
+    axis: options.Axis = None
     structure: options.Structure = None
     remove_heads: options.RemoveHeads = None
     steps: options.VariantSteps = None

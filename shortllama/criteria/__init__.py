@@ -91,6 +91,7 @@ class Measured:
     runs: dict[str, tuple[float, ...]] | None = None
     kv_groups: tuple[tuple[float, ...], ...] | None = None
     neurons: tuple[tuple[float, ...], ...] | None = None
+    query_heads: tuple[tuple[float, ...], ...] | None = None
     details: dict[str, Any] | None = None
 
 
@@ -210,9 +211,13 @@ def remark(scores: Scores, after: ModelShape) -> str | None:
     scores belong to the widths they were computed towards.
     """
     details = scores.details or {}
-    if "towards" not in details or details["towards"] == widths(after):
+    if "towards" not in details:
         return None
-    made_for = "dense outputs" if details["towards"] is None else "other widths"
+    towards, found = details["towards"], widths(after)
+    # Scores from before query heads could go alone do not list them, and had them all in their groups.
+    if towards is not None and all(found[name] == sizes for name, sizes in towards.items()):
+        return None
+    made_for = "dense outputs" if towards is None else "other widths"
     return (
         f"{scores.criterion} scores depend here on what else is pruned, and these were computed "
         f"with {made_for}; score for this target (leave out --scores) to have them exact"
@@ -220,8 +225,9 @@ def remark(scores: Scores, after: ModelShape) -> str | None:
 
 
 def widths(shape: ModelShape) -> dict[str, list[int]]:
-    """Return the KV groups and neurons of each block, as `details["towards"]` records them."""
+    """Return the query heads, KV groups and neurons of each block, as `details["towards"]` records them."""
     return {
+        "query_heads": [block.query_heads for block in shape.blocks],
         "kv_groups": [block.kv_heads for block in shape.blocks],
         "neurons": [block.neurons for block in shape.blocks],
     }

@@ -2,7 +2,8 @@
 
 For an input channel j of o_proj or down_proj with fluctuation f_j over the calibration: IFV = f_j, WIFV = f_j * sum
 over rows of W_ij^2 (the default), WIFN = mean over rows of |W_ij| * sqrt(mean over sequences of sum over tokens of
-x_j^2). Attention's values are squared, as FLAP's code does; a KV group has the sum of its query heads' channels.
+x_j^2). Attention's values are squared, as FLAP's code does; a query head has the sum of its channels, a KV group that
+of its query heads.
 
 The fluctuation is that of FLAP's code: with mu_k the running mean after k sequences, f_1 = 0 and
 
@@ -94,16 +95,17 @@ def measure(task: Task, statistic: Callable[[int, torch.device], Statistic]) -> 
             task.stack.states(ids_BT)
             done += len(ids_BT)
             task.progress(done, task.sequences)
-    groups, neurons, deviations = [], [], []
+    groups, queries, neurons, deviations = [], [], [], []
     for size, linears, found in zip(task.shape.blocks, projections, seen, strict=True):
         columns = {name: _columns(metric, linears[name], found[name]) for name in linears}
         attention = columns["o"].square() if "o" in columns else torch.zeros(0)
-        groups.append(floats(per_group(attention, size.kv_heads)) if "o" in columns else ())
+        groups.append(floats(per_group(attention, size.kv_heads)))
+        queries.append(floats(per_group(attention, size.query_heads)))
         deviations.append(attention.std().item() if len(attention) > 1 else 0.0)
         neurons.append(floats(columns["down"]) if "down" in columns else ())
     means = {name: [one[name].mean_C.tolist() if name in one else [] for one in seen] for name in OUTPUTS}
     details = {**task.variant.record(NAME), "attention_deviation": deviations, "means": means}
-    return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), details=details)
+    return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), query_heads=tuple(queries), details=details)
 
 
 def _outputs(task: Task, block: nn.Module) -> dict[str, nn.Linear]:

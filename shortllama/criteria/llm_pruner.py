@@ -11,7 +11,8 @@ Over a row or column, param_* sum the magnitudes and vectorize takes the magnitu
 and need no data. The weights' values of one channel become one by `group_reduction`, and a KV group has the sum of its
 d channels. q and o have H * d channels: head j reads KV head j // (H/K), so they are folded as (K, H/K, d) first.
 (LLM-Pruner's code for Llama 3 credits head j to KV head j mod K, which chooses other heads.) The first weight of a
-group is q, as in its traversal, and k where heads are grouped, its root there.
+group is q, as in its traversal, and k where heads are grouped, its root there. A query head that goes alone leaves k
+and v to the others of its group: its coupled weights are q and o, its score is the sum of their d channels.
 
 Gradients are made block by block as in `taylor`: one block's exist at a time. Squares take each weight's gradient as
 soon as it is there, so that second order holds one block of squares (param_mix also one of sums) and one weight's
@@ -26,7 +27,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from shortllama import variants
 from shortllama.criteria import Measured, Task, taylor, widths
 from shortllama.criteria.wanda_sp import OUTPUTS, masked
-from shortllama.criteria.weights import floats, scored_weights
+from shortllama.criteria.weights import floats, per_group, scored_weights
 from shortllama.errors import InputError
 from shortllama.shape import BlockShape
 
@@ -45,41 +46,50 @@ NEEDS = "calibration"
 # The coupled weights of each module in the order of LLM-Pruner's traversal.
 _ATTENTION = ("q", "o", "v", "k")
 _GROUPED = ("k", "q", "o", "v")
+_QUERY = ("q", "o")
 _MLP = ("gate", "up", "down")
 
-# One list of scores for each block.
-_Lists = list[tuple[float, ...]]
+
+class _Found(NamedTuple):
+    """Scores of every unit of one kind, a list for each block."""
+
+    groups: list[tuple[float, ...]]
+    queries: list[tuple[float, ...]]
+    neurons: list[tuple[float, ...]]
 
 
 def score(task: Task) -> Measured:
-    """Return scores of each block's KV groups and neurons, on one scale only for the structure `global`; higher = keep.
+    """Return scores of each block's KV groups, query heads and neurons; higher = keep.
 
-    Raises InputError for steps without a shape to go towards.
+    Those of groups and neurons are on one scale, which only the structure `global` reads; those of query heads tell
+    apart the heads of a group. Raises InputError for steps without a shape to go towards.
     """
     steps = variants.steps_of(task.variant)
     details: dict[str, Any] = {**task.variant.record(NAME)}
     if steps == 1:
-        groups, neurons = _measure(task)
+        found = _measure(task)
     else:
-        groups, neurons = _step_by_step(task, steps)
+        found = _step_by_step(task, steps)
         assert task.towards is not None, "checked"
         details["towards"] = widths(task.towards)
-    return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), details=details)
+    groups, queries, neurons = map(tuple, found)
+    return Measured(kv_groups=groups, neurons=neurons, query_heads=queries, details=details)
 
 
-def _measure(task: Task) -> tuple[_Lists, _Lists]:
+def _measure(task: Task) -> _Found:
     """Score the model as it is now."""
     blocks = len(task.stack)
-    groups: _Lists = [()] * blocks
-    neurons: _Lists = [()] * blocks
+    found = _Found([()] * blocks, [()] * blocks, [()] * blocks)
     for index, saliences in _saliences(task):
         size = task.shape.blocks[index]
         values = _channels(task, index, saliences)
         if size.kv_heads:
-            groups[index] = floats(_of_groups(task, size, values))
+            found.groups[index] = floats(_of_groups(task, size, values))
+            channels = _reduce(task, torch.stack([values[name] for name in _QUERY]))
+            found.queries[index] = floats(per_group(channels, size.query_heads))
         if size.neurons:
-            neurons[index] = floats(_reduce(task, torch.stack([values[name] for name in _MLP])))
-    return groups, neurons
+            found.neurons[index] = floats(_reduce(task, torch.stack([values[name] for name in _MLP])))
+    return found
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -209,42 +219,52 @@ def _reduce(task: Task, values: Tensor) -> Tensor:
 
 
 class _Order:
-    """The units of one module in the order in which they go."""
+    """The units of one kind in the order in which they go, which is one order for each of `runs` equal runs of them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, runs: int = 1) -> None:
         self.size = size
-        self.gone: list[int] = []
+        self.gone: list[list[int]] = [[] for _ in range(runs)]
 
     def remove(self, scores: tuple[float, ...], count: int) -> None:
-        """Let the lowest of what is left go, until `count` are gone."""
-        left = sorted(set(range(self.size)) - set(self.gone), key=scores.__getitem__)
-        self.gone += left[: max(0, count - len(self.gone))]
+        """Let the lowest of what is left of every run go, until `count` of it are gone."""
+        for run, gone in enumerate(self.gone):
+            length = self.size // len(self.gone)
+            left = sorted(set(range(run * length, (run + 1) * length)) - set(gone), key=scores.__getitem__)
+            gone += left[: max(0, count - len(gone))]
 
     def ranks(self) -> tuple[float, ...]:
-        """Return when each unit went, 0 first; all must be gone."""
-        when = {unit: float(rank) for rank, unit in enumerate(self.gone)}
+        """Return when each unit went from its run, 0 first; all must be gone."""
+        when = {unit: float(rank) for gone in self.gone for rank, unit in enumerate(gone)}
         return tuple(when[unit] for unit in range(self.size))
 
     def mask(self, repeats: int) -> Tensor:
         """Return 1 for each channel of a unit that is left, `repeats` a unit."""
         kept = torch.ones(self.size)
-        kept[self.gone] = 0
+        kept[[unit for gone in self.gone for unit in gone]] = 0
         return kept.repeat_interleave(repeats)
 
 
-def _step_by_step(task: Task, steps: int) -> tuple[_Lists, _Lists]:
+# Of a block: its KV groups, the query heads of each, its neurons.
+_Orders = tuple[_Order, _Order, _Order]
+
+
+def _step_by_step(task: Task, steps: int) -> _Found:
     """Return ranks: score, cut one part of the way to `towards`, score what is left, and so on; then rank the rest."""
     if task.towards is None:
         raise InputError("--steps goes towards a target; give it to plan or prune, not to score")
-    orders = [(_Order(size.kv_heads), _Order(size.neurons)) for size in task.shape.blocks]
+    orders = [
+        (_Order(size.kv_heads), _Order(size.query_heads, size.kv_heads), _Order(size.neurons))
+        for size in task.shape.blocks
+    ]
     for step in range(1, steps + 1):
         with _cut(task, orders):
             measured = _measure(dataclasses.replace(task, progress=_part(task.progress, step - 1, steps)))
         for index, (size, after) in enumerate(zip(task.shape.blocks, task.towards.blocks, strict=True)):
-            counts = ((size.kv_heads, after.kv_heads), (size.neurons, after.neurons))
+            in_groups = (size.queries_per_group, after.queries_per_group)
+            counts = ((size.kv_heads, after.kv_heads), in_groups, (size.neurons, after.neurons))
             for order, lists, (whole, left) in zip(orders[index], measured, counts, strict=True):
                 order.remove(lists[index], whole if step == steps else (whole - left) * step // steps)
-    return [groups.ranks() for groups, _ in orders], [neurons.ranks() for _, neurons in orders]
+    return _Found(*([order.ranks() for order in kind] for kind in zip(*orders, strict=True)))
 
 
 def _part(progress: Callable[[int, int], None], step: int, steps: int) -> Callable[[int, int], None]:
@@ -252,14 +272,16 @@ def _part(progress: Callable[[int, int], None], step: int, steps: int) -> Callab
 
 
 @contextmanager
-def _cut(task: Task, orders: list[tuple[_Order, _Order]]) -> Generator[None]:
+def _cut(task: Task, orders: list[_Orders]) -> Generator[None]:
     """Zero what the units that are gone put out: the rest then has the gradients of the sliced model."""
     with ExitStack() as restore:
-        for block, size, (groups, neurons) in zip(task.stack.blocks, task.shape.blocks, orders, strict=True):
+        for block, size, kinds in zip(task.stack.blocks, task.shape.blocks, orders, strict=True):
+            groups, queries, neurons = kinds
             outputs = {name: one for name, one in task.adapter.projections(block).items() if name in OUTPUTS}
             masks: dict[str, Tensor] = {}
             if size.kv_heads:
-                masks["o"] = groups.mask(size.query_heads // size.kv_heads * task.shape.head_dim)
+                of_groups = groups.mask(size.queries_per_group * task.shape.head_dim)
+                masks["o"] = of_groups * queries.mask(task.shape.head_dim)
             if size.neurons:
                 masks["down"] = neurons.mask(1)
             restore.enter_context(masked(outputs, masks))

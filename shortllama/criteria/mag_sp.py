@@ -20,16 +20,19 @@ NEEDS = "weights"
 def score(task: Task) -> Measured:
     """Return the L2 norm of each column of down_proj (neurons), and of o_proj summed over a KV group; higher = keep.
 
-    Scores are comparable within one block.
+    Query heads have the sum of their own columns. Scores are comparable within one block.
     """
     groups: list[tuple[float, ...]] = []
+    queries: list[tuple[float, ...]] = []
     neurons: list[tuple[float, ...]] = []
     for block, size in zip(task.adapter.blocks, task.shape.blocks, strict=True):
         projections = task.adapter.projections(block)
-        groups.append(floats(per_group(_norms(projections["o"]), size.kv_heads)) if size.kv_heads else ())
+        columns = _norms(projections["o"]) if size.kv_heads else torch.zeros(0)
+        groups.append(floats(per_group(columns, size.kv_heads)))
+        queries.append(floats(per_group(columns, size.query_heads)))
         neurons.append(floats(_norms(projections["down"])) if size.neurons else ())
         task.progress(len(groups), len(task.stack))
-    return Measured(kv_groups=tuple(groups), neurons=tuple(neurons))
+    return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), query_heads=tuple(queries))
 
 
 def _norms(projection: nn.Linear) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Wanda-sp: weight magnitude times the norm of what meets it, by column (FLAP's structured Wanda, arXiv 2312.11983).
 
 For an input channel j of o_proj or down_proj: mean over output rows of |W_ij| * sqrt(s_j), where s_j is the mean over
-sequences of the sum over tokens of x_j^2. A KV group has the sum of its query heads' channels. Both modules are scored
-from one forward pass of the block as it is, without compensation.
+sequences of the sum over tokens of x_j^2. A query head has the sum of its channels, a KV group that of its query
+heads. Both modules are scored from one forward pass of the block as it is, without compensation.
 
 The method is sequential: the output of the *pruned* block feeds the next one, so scores depend on how much is removed.
-The task's `towards` says how many groups and neurons each block will keep; without it (no target yet) dense outputs
+The task's `towards` says how many heads and neurons each block will keep; without it (no target yet) dense outputs
 feed on. `details["towards"]` records which, and `criteria.remark` tells when scores meet another target.
 """
 
@@ -32,10 +32,11 @@ OUTPUTS = ("o", "down")
 
 @torch.no_grad()
 def score(task: Task) -> Measured:
-    """Return scores of each block's KV groups and neurons, comparable within the block; higher = keep."""
+    """Return scores of each block's KV groups, query heads and neurons, comparable within the block; higher = keep."""
     batches = list(task.batches())
     hidden: list[Tensor | None] = [None] * len(batches)
     groups: list[tuple[float, ...]] = []
+    queries: list[tuple[float, ...]] = []
     neurons: list[tuple[float, ...]] = []
     done = 0
     for index, block in enumerate(task.adapter.blocks):
@@ -47,9 +48,11 @@ def score(task: Task) -> Measured:
                 done += 1
                 task.progress(done, len(task.stack) * len(batches))
         column = {name: _columns(p, sums[name] / task.sequences) for name, p in projections.items()}
-        groups.append(floats(per_group(column["o"], task.shape.blocks[index].kv_heads)) if "o" in column else ())
+        size, heads = task.shape.blocks[index], column.get("o", torch.zeros(0))
+        groups.append(floats(per_group(heads, size.kv_heads)))
+        queries.append(floats(per_group(heads, size.query_heads)))
         neurons.append(floats(column["down"]) if "down" in column else ())
-        kept = _kept(task, index, groups[-1], neurons[-1])
+        kept = _kept(task, index, groups[-1], queries[-1], neurons[-1])
         if kept is None:
             hidden = list(dense)
             continue
@@ -57,7 +60,9 @@ def score(task: Task) -> Measured:
         with masked(projections, kept):
             hidden = [task.stack.advance(ids, state, at=index) for ids, state in zip(batches, hidden, strict=True)]
     towards = None if task.towards is None else widths(task.towards)
-    return Measured(kv_groups=tuple(groups), neurons=tuple(neurons), details={"towards": towards})
+    return Measured(
+        kv_groups=tuple(groups), neurons=tuple(neurons), query_heads=tuple(queries), details={"towards": towards}
+    )
 
 
 @contextmanager
@@ -87,16 +92,20 @@ def _columns(projection: nn.Linear, square_sum: Tensor) -> Tensor:
     return projection.weight.abs().mean(dim=0, dtype=torch.float64) * square_sum.sqrt()
 
 
-def _kept(task: Task, index: int, groups: tuple[float, ...], neurons: tuple[float, ...]) -> dict[str, Tensor] | None:
+def _kept(
+    task: Task, index: int, groups: tuple[float, ...], queries: tuple[float, ...], neurons: tuple[float, ...]
+) -> dict[str, Tensor] | None:
     """Return a 0/1 mask of the inputs of o_proj and down_proj after pruning, or None where the block stays whole."""
     if task.towards is None or task.towards.blocks[index] == task.shape.blocks[index]:
         return None
     size, after = task.shape.blocks[index], task.towards.blocks[index]
     masks: dict[str, Tensor] = {}
     if size.kv_heads:
-        chosen = torch.zeros(size.kv_heads)
-        chosen[list(selection.highest(groups, after.kv_heads))] = 1
-        masks["o"] = chosen.repeat_interleave(size.query_heads // size.kv_heads * task.shape.head_dim)
+        left = selection.highest(groups, after.kv_heads)
+        stay = selection.heads_within(left, size.queries_per_group, after.queries_per_group, queries)
+        chosen = torch.zeros(size.query_heads)
+        chosen[list(stay)] = 1
+        masks["o"] = chosen.repeat_interleave(task.shape.head_dim)
     if size.neurons:
         masks["down"] = torch.zeros(size.neurons)
         masks["down"][list(selection.highest(neurons, after.neurons))] = 1

@@ -82,7 +82,7 @@ def per_group(columns: Tensor, groups: int) -> Tensor:
     """Return (K,) scores of KV groups from (H * d,) scores of the inputs of o_proj, which lie in query-head order.
 
     Query head j reads KV head j // (H/K), so the fold is (K, H/K, d); crediting head j to group j mod K would be
-    wrong for every GQA model.
+    wrong for every GQA model. With H for `groups`, the scores of the query heads.
     """
     return columns.view(groups, -1).sum(dim=1) if groups else columns.new_zeros(0)
 
