@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def _prune(subject: Subject, folder: Path, seed: int, report: Report) -> None:
         report(f"{subject.name}: {what}", done, total)
 
     plan, _ = pruning.choose(source, pruning.Choice(method, Target("ratio", ratio)), scoring, progress=named)
-    checkpoint.write(sources.fetch(source), plan, folder)
+    checkpoint.write(sources.fetch(source), plan, folder, progress=partial(named, "writing"))
     held = sources.from_folder(subject.name, folder).shape
     if held != subject.shape:
         raise InputError(f"subject {subject.name}: pruning left {held.parameters:,} parameters, not as planned")

@@ -95,10 +95,16 @@ def progress(*columns: Any) -> Generator[Progress]:
         yield bar
 
 
+def _byte_columns() -> tuple[Any, ...]:
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+    return (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+
+
 @contextmanager
-def steps() -> Generator[Callable[[str, int, int], None]]:
-    """Yield step(what, done, total), shown as one bar for each `what`."""
-    with progress() as bar:
+def steps(*, in_bytes: bool = False) -> Generator[Callable[[str, int, int], None]]:
+    """Yield step(what, done, total), shown as one bar for each `what`; `in_bytes`: what is counted are bytes."""
+    with progress(*(_byte_columns() if in_bytes else ())) as bar:
         tasks: dict[str, TaskID] = {}
 
         def step(what: str, done: int, total: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,8 +300,10 @@ def _key(source: Source, model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     return msgspec.to_builtins({"model": identity, "dtype": str(model.dtype), "versions": versions, **asked})
 
 
-def write(source: Source, plan: Plan, out: Path, *, scores: Scores | None = None) -> Manifest:
-    """Write what `plan` leaves of a named model to the folder `out`; returns its manifest.
+def write(
+    source: Source, plan: Plan, out: Path, *, scores: Scores | None = None, progress: Progress | None = None
+) -> Manifest:
+    """Write what `plan` leaves of a named model to the folder `out`; returns its manifest. `progress` counts bytes.
 
     From file to file, or through a loaded model where the plan has bias compensation, which takes the `scores` that it
     was made from. Raises PlanError for a blind plan, other scores or another base, InputError for an unusable `out`.
@@ -309,14 +312,15 @@ def write(source: Source, plan: Plan, out: Path, *, scores: Scores | None = None
 
     compensation.check(plan, scores)
     folder = sources.fetch(source)
+    report = partial(progress or _silent, f"writing {out.name}")
     if plan.compensation is None:
-        return checkpoint.write(folder, plan, out)
+        return checkpoint.write(folder, plan, out, progress=report)
     from shortllama import surgery
 
     checkpoint.refuse_own_folder(out, folder)
     model, _ = checkpoint.load(folder)
     pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
-    return checkpoint.save(pruned, plan, out, companions=folder)
+    return checkpoint.save(pruned, plan, out, companions=folder, progress=report)
 
 
 def load(source: Source, *, device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -67,7 +67,8 @@ def _write(source: Source, made: Plan, scores: Scores | None, out: Path, as_json
     checkpoint.stored_tensors(folder, source.shape)
     if not as_json:
         display.show_before_after(source.shape, plans.shape_of(made, source.shape))
-    manifest = pruning.write(source, made, out, scores=scores)
+    with console.steps(in_bytes=True) as progress:
+        manifest = pruning.write(source, made, out, scores=scores, progress=progress)
     report = verification.verify(out, source.name)
     if as_json:
         console.emit({"folder": str(out), "plan": made, "manifest": manifest, "verification": report})
