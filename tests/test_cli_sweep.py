@@ -137,7 +137,7 @@ def test_a_failed_cell_makes_exit_code_1(run_command: Callable, suite: Path) -> 
 
 ONE_CELL = "batch==1 and output==128 and subject=='llama-7b'"
 MISTAKES = [
-    (["sweep", "qick"], "shipped: quick, smoke"),
+    (["sweep", "qick"], "quick, smoke"),
     (["sweep", "gone.toml"], "gone.toml"),
     (["sweep", "SUITE", "--device", "rtx3091", "--dry-run"], "did you mean rtx3090"),
     (["sweep", "SUITE", "--device", "rtx3090", "--runtime", "eager"], "--runtime roofline"),
