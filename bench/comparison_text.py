@@ -35,7 +35,7 @@ def terminal(comparison: Comparison) -> str:
         lines.append(f"... and {hidden} more (--json has all)")
     lines += [
         f"{one.subject}: {one.metric} {one.ratio:.4f} of base over {one.cells} cells{_judged(one, ' ({})')}"
-        for one in comparison.pooled
+        for one in _pooled(comparison)
     ]
     return "\n".join(lines) + "\n"
 
@@ -60,11 +60,11 @@ def markdown(comparison: Comparison) -> str:
     hidden = _hidden(comparison)
     if hidden:
         lines += ["", f"... and {hidden} more."]
-    if comparison.pooled:
+    if _pooled(comparison):
         lines += ["", "| subject | metric | geometric mean of head / base | cells | verdict |", "|" + "---|" * 5]
         lines += [
             f"| {_escaped(one.subject)} | {one.metric} | {one.ratio:.4f} | {one.cells} | {_judged(one, '{}')} |"
-            for one in comparison.pooled
+            for one in _pooled(comparison)
         ]
     return "\n".join(lines) + "\n"
 
@@ -89,6 +89,11 @@ def _ratio(change: Change, form: str) -> str:
         return ""
     ends = "" if decision.low is None or decision.high is None else f", {decision.low:.3f} to {decision.high:.3f}"
     return form.format(f"{decision.ratio:.3f}{ends}")
+
+
+def _pooled(comparison: Comparison) -> list[Pooled]:
+    """The pooled ratios that say more than the line of their only cell."""
+    return [one for one in comparison.pooled if one.cells > 1]
 
 
 def _judged(one: Pooled, form: str) -> str:

@@ -51,7 +51,8 @@ def _cell(changes: Sequence[Change], strict: bool) -> Xml.Element:
     if failed:
         _say(case, "failure", "regressed", failed)
     elif doubtful:
-        _say(case, "failure" if strict else "skipped", doubtful[0].decision.verdict, doubtful)
+        unclear = any(one.decision.verdict == "inconclusive" for one in doubtful)
+        _say(case, "failure" if strict and unclear else "skipped", doubtful[0].decision.verdict, doubtful)
     return case
 
 

@@ -21,6 +21,7 @@ import msgspec
 SHARE = 0.05  # of experiments on equal code that may be flagged, both directions together
 _NORMAL = NormalDist()
 _GRID = 0.125  # between boundaries at which the crossing probability is computed; between them z is interpolated
+_SMALLEST = 1e-300
 _LARGEST = 8.0  # a boundary that equal code crosses with a probability of 1e-15
 _NODES = 48  # of Simpson's rule on half the range; even
 
@@ -34,11 +35,11 @@ class Looks(msgspec.Struct, frozen=True):
     def p(self, p: float, count: int) -> float:
         """Return the chance that equal code shows as much as `p` does at `count` pairs, at any of the looks.
 
-        `p`: two-sided, of one look by itself. The result is a valid p for any rule of stopping among the looks.
+        `p`: two-sided, of one look by itself. The result is a valid p for any rule of stopping among the looks; below
+        1e-15 it is not told apart.
         """
-        if p <= 0:
-            return 0.0
-        return 2 * _NORMAL.cdf(-self._overall(-_NORMAL.inv_cdf(p / 2) * math.sqrt(count / self.most)))
+        z = -_NORMAL.inv_cdf(max(p, _SMALLEST) / 2)
+        return _beyond(self._overall(z * math.sqrt(count / self.most)))
 
     def level(self, count: int, share: float = SHARE) -> float:
         """Return the p of one look at `count` pairs at which the looks together have flagged `share` of equal code.
@@ -47,7 +48,7 @@ class Looks(msgspec.Struct, frozen=True):
         """
         if count < self.first:
             return 0.0
-        return 2 * _NORMAL.cdf(-self._boundary(share) * math.sqrt(self.most / count))
+        return _beyond(self._boundary(share) * math.sqrt(self.most / count))
 
     def _overall(self, boundary: float) -> float:
         """The z of a single look that is as rare among equal code as crossing `boundary` at any look."""
@@ -80,6 +81,11 @@ def looks_of(count: int) -> Looks:
     return Looks(count, count) if count <= FULL.first else Looks(FULL.first, max(FULL.most, count))
 
 
+def _beyond(z: float) -> float:
+    """P(|Z| >= z): NormalDist.cdf loses the digits of small tails (before Python 3.13)."""
+    return math.erfc(z / math.sqrt(2))
+
+
 @lru_cache(maxsize=4096)
 def _node(index: int, first: int, most: int) -> float:
     return -_NORMAL.inv_cdf(crossing(index * _GRID, first, most) / 2)
@@ -95,17 +101,18 @@ def crossing(boundary: float, first: int, most: int) -> float:
     if boundary <= 0:
         return 1.0
     start = math.sqrt(first / most)
-    total = 2 * _NORMAL.cdf(-boundary / start)
+    total = _beyond(boundary / start)
     if first == most:
         return total
     step = boundary / _NODES
     places = [i * step for i in range(_NODES + 1)]
     weights = [step / 3 * (1 if i in (0, _NODES) else 4 if i % 2 else 2) for i in range(_NODES + 1)]
-    spread = NormalDist(0, math.sqrt(1 / most))
+    unit = math.sqrt(1 / most)
+    spread = NormalDist(0, unit)
     density = [NormalDist(0, start).pdf(x) for x in places]
     # Both depend on distances of whole steps alone.
     jump = [spread.pdf(i * step) for i in range(2 * _NODES + 1)]
-    leave = [spread.cdf(-i * step) for i in range(2 * _NODES + 1)]
+    leave = [_beyond(i * step / unit) / 2 for i in range(2 * _NODES + 1)]
     for look in range(first, most):
         mass = [weight * value for weight, value in zip(weights, density, strict=True)]
         total += 2 * math.fsum(one * (leave[_NODES - i] + leave[_NODES + i]) for i, one in enumerate(mass))

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from bench.measurement import LARGEST_LINE_BYTES, Environment, Frontier, Measurement, Row
+from bench.measurement import LARGEST_LINE_BYTES, SCHEMA, Environment, Frontier, Measurement, Row
 from shortllama import files
 from shortllama.errors import InputError
 
@@ -94,6 +94,12 @@ def _explain(data: bytes, file: Path) -> InputError:
                 break
             if last:
                 return InputError(f"{file}: line {number} is cut off; repair the run with shortllama sweep --resume")
+            schema = _fields(line).get("schema", SCHEMA)
+            if schema != SCHEMA:
+                return InputError(
+                    f"{file}: line {number}: $.schema is {schema!r}, and this version reads {SCHEMA}; read the run with the "
+                    "version of shortllama that wrote it, or upgrade"
+                )
             try:
                 files.decode_json(line, _kind(line), f"{file}: line {number}")
             except InputError as error:
@@ -103,11 +109,16 @@ def _explain(data: bytes, file: Path) -> InputError:
 
 def _kind(line: bytes) -> Any:
     """Return the type that a bad line claims to be, for the best message; any row where it does not say."""
+    kinds = {"environment": Environment, "measurement": Measurement, "frontier": Frontier}
+    return kinds.get(str(_fields(line).get("kind")), Row)
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    """The fields of a bad line, none where it is no JSON object."""
     try:
-        kind = msgspec.json.decode(line, type=dict[str, Any]).get("kind")
+        return msgspec.json.decode(line, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError):
-        kind = None
-    return {"environment": Environment, "measurement": Measurement, "frontier": Frontier}.get(str(kind), Row)
+        return {}
 
 
 def _check(rows: Iterable[Row], environments: dict[str, Environment], data: bytes, file: Path) -> None:

@@ -215,6 +215,49 @@ def test_the_pooled_ratio_is_the_geometric_mean_over_cells() -> None:
     assert pooled["m", "latency"].cells == 2
 
 
+def test_the_pooled_ratio_is_judged_pair_by_pair() -> None:
+    """Cells of one session share its noise: twenty cells that move together are no twenty witnesses."""
+    source = random.Random(4)
+    levels = [source.lognormvariate(0, 0.02) for _ in range(5)]
+    sides: list[list[Measurement]] = [[], []]
+    for batch in range(1, 21):
+        for pair, level in enumerate(levels, 1):
+            for side, scale in zip(sides, (1.0, level), strict=True):
+                side.append(row(cell(batch), [scale * (1 + batch / 1e6)] * 20, session=SessionId(str(pair), pair)))
+    pooled = next(one for one in compare(results(*sides[0]), results(*sides[1])).pooled if one.metric == "latency")
+    expected = statistics.mean_of([math.log(level) for level in levels])
+    assert pooled.decision is not None
+    assert pooled.decision.pairs == 5
+    assert pooled.ratio == pytest.approx(math.exp(expected.value))
+    assert pooled.decision.low == pytest.approx(math.exp(expected.low), rel=1e-4)
+    assert pooled.decision.p == pytest.approx(expected.p, rel=1e-2)
+
+
+def test_more_than_five_pairs_pay_for_the_looks_in_between() -> None:
+    """The same spread and mean: at 12 pairs that may have been looked at 8 times, the interval is wider than t's."""
+    logs = [0.02 + 0.01 * (-1) ** k for k in range(12)]
+    base, head = (
+        results(
+            *(row(cell(), [math.exp(sign * log)] * 20, session=SessionId(str(k), k)) for k, log in enumerate(logs, 1))
+        )
+        for sign in (0, 1)
+    )
+    decision = compare(base, head).changes[0].decision
+    plain = statistics.mean_of(logs)
+    assert math.log(decision.low or 0) < plain.low
+    assert (decision.p or 0) > plain.p
+    assert decision.verdict == "regressed"
+
+
+def test_the_detectable_effect_is_found_in_four_of_five_experiments() -> None:
+    """Of this very spread, on a quiet device, at 5 pairs."""
+    source = random.Random(9)
+    spread = math.sqrt(2 * 0.01**2 + 2 * (1.25 * 0.005) ** 2 / 20)
+    least = statistics.detectable(spread / math.sqrt(5), 5, math.log(1.015))
+    found = [verdict(compare(*paired(source, math.exp(least)))) == "regressed" for _ in range(400)]
+    assert 0.72 < sum(found) / 400 < 0.9
+
+
 # -- single sessions --------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +362,70 @@ def test_the_largest_batch_gates_exactly() -> None:
     assert exit_code(found) == 1
     assert exit_code(compare(*reversed(sides))) == 0
     assert exit_code(compare(*sides, {"largest-batch": 0.02})) == 0
+
+
+def ends(size: int | None, *, fails: tuple[int, ...] = (), **more: Any) -> Results:
+    """A run that holds a largest batch alone, as `oom` writes it."""
+    fits = (size,) if size else ()
+    return results(frontiers=[Frontier(cell().group, HERE.id, size, False, fits=fits, fails=fails, **more)])
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "expected"),
+    [
+        (ends(64, fails=(65,)), ends(63, fails=(64,)), "regressed"),
+        (ends(64, fails=(65,)), ends(65, fails=(66,)), "improved"),
+        (ends(64), ends(63, fails=(64,)), "regressed"),  # at least 64 before
+        (ends(64, fails=(65,)), ends(32), "inconclusive"),  # 32 is only how far the head's suite went
+        (ends(32), ends(64), "inconclusive"),
+        (ends(32, fails=(33,)), ends(64), "improved"),
+        (ends(32), ends(32), "equivalent"),
+        (ends(32, fails=(33,)), ends(None, reason="no cell was measured"), "inconclusive"),
+        (ends(32, fails=(33,)), ends(16, fails=(17,), non_monotone=True), "inconclusive"),
+    ],
+)
+def test_largest_batches_decide_where_both_ends_were_met(base: Results, head: Results, expected: str) -> None:
+    found = compare(base, head)
+    assert verdict(found, "largest-batch") == expected
+    assert exit_code(found) == (expected == "regressed")
+
+
+def test_an_implied_end_of_memory_is_an_end() -> None:
+    implied = row(cell(64), outcome="oom-implied")
+    frontier = Frontier(cell().group, HERE.id, 32, False, fits=(32,))
+    base = ends(48, fails=(49,))
+    base = msgspec.structs.replace(base, measurements=(implied,))
+    assert verdict(compare(base, results(implied, frontiers=[frontier])), "largest-batch") == "regressed"
+
+
+def test_largest_batches_of_other_machines_end_with_exit_code_3() -> None:
+    other = results(frontiers=[Frontier(cell().group, THERE.id, 10, False)])
+    found = compare(ends(64), other)
+    assert (found.changes, exit_code(found)) == ((), 3)
+
+
+def test_simulated_and_measured_largest_batches_are_not_mixed() -> None:
+    other = results(frontiers=[Frontier(cell().group, HERE.id, 10, True)])
+    with pytest.raises(IncomparableError, match="simulated on one side"):
+        compare(ends(64), other)
+
+
+@pytest.mark.parametrize("absent", [None, "unknown", 0])
+def test_energy_is_judged_like_a_time_where_both_sides_have_it(absent: object) -> None:
+    def run(joules: object, factor: float) -> Results:
+        scaled = [joules * factor if isinstance(joules, float) else joules] * 5
+        rows = [
+            row(cell(), [1.0] * 20, session=SessionId(str(k), k), telemetry={"joules_per_token": one * (1 + k / 1e4)})
+            if isinstance(one, float)
+            else row(cell(), [1.0] * 20, session=SessionId(str(k), k), telemetry={"joules_per_token": one})
+            for k, one in enumerate(scaled, 1)
+        ]
+        return results(*rows)
+
+    assert verdict(compare(run(2.0, 1.0), run(2.0, 1.1)), "energy") == "regressed"
+    metrics = {change.metric for change in compare(run(2.0, 1.0), run(absent, 1.0)).changes}
+    assert "energy" not in metrics
+    assert "latency" in metrics
 
 
 @pytest.mark.parametrize(("simulated", "compared"), [(True, 1), (False, 0)])
