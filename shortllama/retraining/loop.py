@@ -148,7 +148,7 @@ class _Run:
                 self._evaluate()
 
             def now() -> Cost:
-                return costs.joined(before, msgspec.structs.replace(cost(), tokens=self.tokens))
+                return msgspec.structs.replace(costs.joined(before, cost()), tokens=self.tokens)
 
             began, saved_s = self.step, 0.0
             try:
@@ -348,7 +348,7 @@ class _Run:
         if found is None:
             return None
         was, tensors = found
-        self.step, self.updates = was.step, was.updates
+        self.step, self.updates, self.tokens = was.step, was.updates, was.cost.tokens
         self.losses, self.held_out = list(was.losses), list(was.held_out)
         with torch.no_grad():
             for name, one in self.trained.items():

@@ -94,7 +94,9 @@ def _kept(shape: ModelShape, block: BlockShape, stage: Stage, computed: int) -> 
         # Norms' scale and the inputs of the projections, for their weights' gradients.
         kept += ((block.query_heads > 0) + (neurons > 0)) * hidden * computed
     else:
-        # Each adapter keeps its own input in float32, after dropout with its mask, and what its first matrix gives.
+        # Each adapter keeps its input after dropout, with the mask, and what its first matrix gives. Without dropout
+        # that is the projection's own input, unless it had to be cast.
         inputs = (3 * hidden + queries) * (block.query_heads > 0) + (2 * hidden + neurons) * (neurons > 0)
-        kept += inputs * (5 if stage.dropout else 4) + 4 * 7 * (stage.rank or 0)
+        own = computed + 1 if stage.dropout else computed % 4
+        kept += inputs * own + computed * 7 * (stage.rank or 0)
     return kept
