@@ -128,16 +128,18 @@ def new_folder(path: Path, mark: str) -> Generator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     try:
         yield temporary
-        old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-        remove_folder(old)
     except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         remove_folder(temporary)
         raise
+    remove_folder(old)
 
 
 def check_folder(path: Path, mark: str) -> None:

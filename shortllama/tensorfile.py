@@ -233,12 +233,11 @@ def write_folder(
 
 
 def _require_room(folder: Path, wanted: int) -> None:
-    """Raise InputError where the disk has less room than `wanted` bytes: before hours of work, not after."""
+    """Raise InputError where the disk has less room than `wanted` bytes: before the work, not after it."""
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise InputError(
-            f"{folder.parent}: {free / 1e9:.2f} GB are free, the weights need {wanted / 1e9:.2f} GB; make room or give "
-            "another --out"
+            f"{folder.parent}: {free:,} bytes are free, the weights need {wanted:,}; make room or give another --out"
         )
 
 
@@ -261,7 +260,7 @@ def _header(planned: list[Planned]) -> bytes:
         entries[one.name] = {"dtype": one.code, "shape": one.dimensions, "data_offsets": [offset, offset + one.size]}
         offset += one.size
     text = json.dumps(entries, separators=(",", ":")).encode()
-    # The format asks for 8 bytes; at 64 a reader that maps the file has its tensors where vector instructions want them.
+    # The format asks for 8 bytes; at 64 a reader that maps the file has its tensors where vector units want them.
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from strategies import plan_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shortllama import catalogue, checkpoint, configs, files, sources, surgery, tensorfile
+from shortllama import catalogue, checkpoint, configs, console, files, sources, surgery, tensorfile
 from shortllama.errors import InputError, PlanError
 from shortllama.plans import BlockKeep, Plan, read_plan, shape_after
 from shortllama.shape import ModelShape
@@ -351,14 +352,138 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(dense: Path, tmp_pat
     assert all(name.startswith(".out.") and name.endswith(".tmp") for name in left)
 
 
+# Writes as in life, but stops a moment after each piece and says how far it is.
+SLOW = """
+import resource, sys, time
+from pathlib import Path
+from shortllama import checkpoint, console, tensorfile
+from shortllama.plans import read_plan
+def progress(done, total):
+    print(done, total, flush=True)
+    time.sleep(0.2)
+if len(sys.argv) > 4:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
+class App:
+    def __call__(self, *given, **options):
+        checkpoint.write(*map(Path, sys.argv[1:2]), read_plan(Path(sys.argv[2])), Path(sys.argv[3]), progress=progress)
+sys.exit(console.run(App(), []))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_writer_stopped_in_the_middle_leaves_nothing_that_looks_finished(
+    dense: Path, tmp_path: Path, number: signal.Signals, existed: bool
+):
+    out = tmp_path / "out"
+    if existed:
+        checkpoint.write(dense, plan_for(dense, MIXED), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if existed else {}
+    (tmp_path / "plan.json").write_bytes(files.encode_json(plan_for(dense, DEPTH)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, dense, tmp_path / "plan.json", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    done, total = map(int, process.stdout.readline().split())
+    assert 0 < done < total
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("plan.json", "out")]
+    if number == signal.SIGINT:
+        assert (process.returncode, errors) == (130, "error: interrupted\n")
+        assert not left
+    else:
+        assert process.returncode == -number
+        assert all(name.startswith(".out.") and name.endswith(".tmp") for name in left)
+        assert not any((tmp_path / name / "manifest.json").exists() for name in left)
+    assert out.exists() == existed
+    assert ({path.name: path.read_bytes() for path in out.iterdir()} if existed else {}) == before
+
+
+def test_a_disk_that_fills_up_while_weights_are_written_is_one_line(dense: Path, tmp_path: Path):
+    (tmp_path / "plan.json").write_bytes(files.encode_json(plan_for(dense, DEPTH)))
+    done = in_process(SLOW, dense, tmp_path / "plan.json", tmp_path / "out", 50_000)
+    assert (done.returncode, done.stderr) == (2, "error: model.safetensors: cannot be written (File too large)\n")
+    assert done.stdout, "some of it was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan = plan_for(dense, DEPTH)
+    wanted = shape_after(shape_like(), plan.keep).weight_bytes("float32")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=wanted - 1))
+    steps: list[tuple[int, int]] = []
+    with pytest.raises(InputError, match=rf"{wanted - 1:,} bytes are free, the weights need {wanted:,};") as caught:
+        checkpoint.write(dense, plan, tmp_path / "out", progress=lambda *step: steps.append(step))
+    assert "\n" not in str(caught.value)
+    assert ".out." not in str(caught.value)
+    assert not steps
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=wanted))
+    checkpoint.write(dense, plan, tmp_path / "out")
+
+
+def test_an_interruption_while_the_old_folder_is_replaced_brings_it_back(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    checkpoint.write(dense, plan_for(dense, MIXED), out)
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target == out and source.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(dense, plan_for(dense, DEPTH), out)
+    assert read_plan(out).keep == MIXED
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("shard_bytes", [100_000, 10**9])
+def test_progress_counts_every_byte_of_the_weights(dense: Path, tmp_path: Path, shard_bytes: int):
+    steps: list[tuple[int, int]] = []
+    plan = plan_for(dense, DEPTH)
+    options = {"shard_bytes": shard_bytes, "progress": lambda *step: steps.append(step)}
+    checkpoint.write(dense, plan, tmp_path / "files", **options)
+    wanted = shape_after(shape_like(), plan.keep).weight_bytes("float32")
+    assert {total for _, total in steps} == {wanted}
+    assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+    assert steps[0][0] < steps[-1][0] == wanted
+    written = steps.copy()
+    steps.clear()
+    checkpoint.save(surgery.apply(plan, load_bare(dense)), plan, tmp_path / "model", companions=dense, **options)
+    assert steps == written
+
+
+def test_a_terminal_shows_the_bytes_of_what_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with console.steps(in_bytes=True) as progress:
+        progress("writing out", 5_000_000, 20_000_000)
+    assert "writing out" in (seen := capsys.readouterr().err)
+    assert "5.0/20.0 MB" in seen
+
+
 MEASURED = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from shortllama import checkpoint
 from shortllama.plans import read_plan
 import numpy
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # not getrusage's, which a child inherits from the process that started it
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before = peak()
 checkpoint.write(Path(sys.argv[1]), read_plan(Path(sys.argv[2])), Path(sys.argv[3]))
 print(peak() - before)
