@@ -137,18 +137,33 @@ class Stack:
 
         with ExitStack() as restore:
             for block in self.blocks[:at]:
-                restore.enter_context(_forward_replaced(block, transparent))
+                restore.enter_context(forward_replaced(block, transparent))
             yield
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     """Shadow the module's forward; its type, attributes and hooks stay, which families read while they iterate."""
     module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
         del module.forward  # type: ignore[misc]
+
+
+@contextmanager
+def entering_replaced(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """Let a block be called with `change` of the hidden state that enters it."""
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden_BTD = change(_entering(args, kwargs))
+        return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
+
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -167,7 +182,7 @@ def left_out(adapter: Adapter, block: nn.Module, part: str) -> Generator[None]:
         added_BTD = torch.zeros_like(hidden_BTD)
         return (added_BTD, None) if part == "attention" else added_BTD
 
-    with _forward_replaced(module, nothing):
+    with forward_replaced(module, nothing):
         yield
 
 

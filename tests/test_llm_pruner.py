@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import shortllama as sl
 from shortllama import calibration, catalogue, console, criteria, scoring, selection, surgery
 from shortllama.cli import app
-from shortllama.criteria import llm_pruner
+from shortllama.criteria import llm_pruner, memory
 from shortllama.errors import InputError
 from shortllama.families import adapter
 from shortllama.planning import make_plan_for
@@ -189,26 +189,11 @@ def test_magnitudes_need_no_data(estimator: str) -> None:
         scoring.score(model, "llm-pruner")
 
 
-@pytest.mark.parametrize("estimator", ["param_first", "vectorize", "param_second", "param_mix"])
-def test_gradients_of_one_block_exist_at_a_time(estimator: str, monkeypatch) -> None:
-    model, most, seen = build(blocks=5), 0, set()
-    monkeypatch.setattr(calibration, "rows_within", lambda length, vocabulary: 2)
-
-    def look(done: int, total: int) -> None:
-        nonlocal most
-        held = {name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None}
-        seen.update(held)
-        most = max(most, len(held))
-
-    scoring.score(model, "llm-pruner", tokens(), variant=Variant(estimator=estimator), progress=look)
-    # Second order takes each gradient the moment it is there, so that none is left when a block is done.
-    assert (most, len(seen)) == ((0, 0) if estimator in ("param_second", "param_mix") else (1, 5))
-
-
 def test_batches_do_not_matter(monkeypatch) -> None:
     model, used = build(), tokens(rows=7)
+    monkeypatch.setattr(memory, "rows_backward", lambda shape, length, dtype: 7)
     whole = {e: scoring.score(model, "llm-pruner", used, variant=Variant(estimator=e)) for e in ESTIMATORS}
-    monkeypatch.setattr(calibration, "rows_within", lambda length, vocabulary: 2)
+    monkeypatch.setattr(memory, "rows_backward", lambda shape, length, dtype: 2)
     for estimator, one in whole.items():
         again = scoring.score(model, "llm-pruner", used, variant=Variant(estimator=estimator))
         np.testing.assert_allclose(again.neurons or (), one.neurons or (), rtol=1e-9)

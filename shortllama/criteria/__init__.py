@@ -148,19 +148,24 @@ class Task:
         return Stack(self.adapter.model, blocks if self.members is None else [blocks[index] for index in self.members])
 
     @property
+    def dtype(self) -> str:
+        """The type of the model's weights, as `shape.ITEM_BYTES` names it."""
+        return str(self.adapter.model.dtype).removeprefix("torch.")
+
+    @property
     def sequences(self) -> int:
         """Number of calibration sequences."""
         assert self.calibration is not None, "the criterion needs calibration and got none"
         return len(self.calibration.sequences)
 
     def batches(self) -> Iterator[Tensor]:
-        """Yield (B, T) int64 ids on the model's device, in the calibration's order, B bounded by `rows_within`."""
+        """Yield (B, T) int64 ids on the model's device, in the calibration's order; `memory.rows_forward` bounds B."""
         import torch
 
-        from shortllama.calibration import rows_within
+        from shortllama.criteria import memory
 
         assert self.calibration is not None, "the criterion needs calibration and got none"
-        for ids in self.calibration.batches(lambda length: rows_within(length, self.shape.vocabulary)):
+        for ids in self.calibration.batches(lambda length: memory.rows_forward(self.shape, length, self.dtype)):
             yield torch.from_numpy(ids).to(self.stack.device)
 
 

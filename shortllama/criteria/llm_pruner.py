@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from shortllama import variants
 from shortllama.criteria import Measured, Task, taylor, widths
+from shortllama.criteria.gradients import Sums
 from shortllama.criteria.wanda_sp import OUTPUTS, masked
-from shortllama.criteria.weights import floats, per_group, scored_weights
+from shortllama.criteria.weights import columns, floats, per_group, rows, scored_weights
 from shortllama.errors import InputError
 from shortllama.shape import BlockShape
 
@@ -56,6 +57,10 @@ class _Found(NamedTuple):
     groups: list[tuple[float, ...]]
     queries: list[tuple[float, ...]]
     neurons: list[tuple[float, ...]]
+
+
+# From a weight to what its salience is made of, tensors of its shape, and the function that makes it, value by value.
+_Salience = Callable[[nn.Parameter], tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
 
 
 def score(task: Task) -> Measured:
@@ -95,76 +100,96 @@ def _measure(task: Task) -> _Found:
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _saliences(task: Task) -> Iterator[tuple[int, Callable[[nn.Parameter], Tensor]]]:
+def _saliences(task: Task) -> Iterator[tuple[int, _Salience]]:
     """Yield each block's number and what tells the salience of one of its weights, which holds until the next block."""
     estimator = variants.estimator_of(task.variant)
     if estimator in variants.MAGNITUDES:
         for index in range(len(task.stack)):
-            yield index, _magnitude if estimator == "l1" else lambda weight: _magnitude(weight).square_()
+            yield index, lambda weight: (_magnitude if estimator == "l1" else _square, (weight.detach(),))
             task.progress(index + 1, len(task.stack))
     elif estimator in ("param_second", "param_mix"):
         yield from _second_order(task, estimator == "param_mix")
     else:
-        tokens = sum(ids_BT.shape[0] * (ids_BT.shape[1] - 1) for ids_BT in task.batches())
-        for block, _ in groupby(taylor.walk(task, each_sequence=False), key=lambda found: found[0].block):
-            yield block, lambda weight: weight.detach() * _gradient(weight) / tokens
+        sums, tokens = Sums(), sum(_predicted(task))
+        for block, _ in groupby(taylor.walk(task, sums, each_sequence=False), key=lambda found: found[0].block):
+            yield block, lambda weight: (lambda w, g: w * g / tokens, (weight.detach(), sums.of(weight)))
 
 
-def _magnitude(weight: nn.Parameter) -> Tensor:
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).abs()
+def _predicted(task: Task) -> list[int]:
+    """Return the number of predicted tokens of each sequence."""
+    assert task.calibration is not None, "the criterion needs calibration and got none"
+    return [len(ids) - 1 for ids in task.calibration.sequences]
 
 
-def _gradient(weight: nn.Parameter) -> Tensor:
-    assert weight.grad is not None, "every scored weight takes part in the forward pass"
-    return weight.grad
+def _magnitude(w: Tensor) -> Tensor:
+    return w.to(torch.promote_types(w.dtype, torch.float32)).abs()
 
 
-def _second_order(task: Task, mix: bool) -> Iterator[tuple[int, Callable[[nn.Parameter], Tensor]]]:
+def _square(w: Tensor) -> Tensor:
+    return _magnitude(w).square_()
+
+
+def _second_order(task: Task, mix: bool) -> Iterator[tuple[int, _Salience]]:
     """The saliences of param_second, or of param_mix: moments are summed sequence by sequence, one block at a time."""
-    lengths = [ids_BT.shape[1] - 1 for ids_BT in task.batches() for _ in ids_BT]
-    moments: dict[nn.Parameter, _Moments] = {}
+    lengths = _predicted(task)
+    samples, tokens = len(lengths), sum(lengths)
+    moments = _Moments(mix)
 
-    def take(weight: Tensor) -> None:
-        assert isinstance(weight, nn.Parameter)
-        found = moments.setdefault(weight, _Moments(weight, mix))
-        found.add(_gradient(weight), lengths[found.sequences])
-        weight.grad = None
+    def second(w: Tensor, squares: Tensor) -> Tensor:
+        return w.square() * squares / samples
 
-    def salience(weight: nn.Parameter) -> Tensor:
-        found, w = moments[weight], weight.detach()
-        second = w.square() * found.squares / len(lengths)
-        return second if found.sums is None else w * found.sums / sum(lengths) - second / 2
+    def both(w: Tensor, squares: Tensor, sums: Tensor) -> Tensor:
+        return w * sums / tokens - second(w, squares) / 2
 
-    done: set[int] = set()
-    for piece, weights in taylor.walk(task, each_sequence=True, take=take):
-        # Both modules of a block have their gradients when the first of them comes.
-        complete = piece.block not in done and all(moments[w].sequences == len(lengths) for w in weights.values())
-        if complete:
-            done.add(piece.block)
-            yield piece.block, salience
-            moments.clear()
+    for block, _ in groupby(taylor.walk(task, moments, each_sequence=False), key=lambda found: found[0].block):
+        yield block, lambda weight: (both if mix else second, (weight.detach(), *moments.of(weight)))
 
 
 class _Moments:
-    """Sums over sequences of one weight's gradients: squared ones of mean losses, and (of summed losses) themselves."""
+    """Sums over sequences of squared gradients of a sequence's mean loss and, to mix, of those of its summed loss."""
 
-    def __init__(self, weight: Tensor, mix: bool) -> None:
-        self.squares = torch.zeros_like(weight, requires_grad=False)
-        self.sums = torch.zeros_like(weight, requires_grad=False) if mix else None
-        self.sequences = 0
+    alone = True
 
-    def add(self, gradient: Tensor, tokens: int) -> None:
-        """Take the gradient of one sequence's summed loss, which is overwritten."""
-        if self.sums is not None:
-            self.sums += gradient
-        self.squares += gradient.div_(tokens).square_()
-        self.sequences += 1
+    def __init__(self, mix: bool) -> None:
+        self._mix = mix
+        self._tokens = 0
+        self._moments: dict[Tensor, tuple[Tensor, ...]] = {}
+        # Where a matrix's gradient of one sequence is made: fresh memory for each would cost as much as the product.
+        self._made = torch.empty(0)
+
+    def begin(self, ids_BT: Tensor) -> None:
+        """Be told how many tokens the next loss is a sum over."""
+        self._tokens = ids_BT.shape[1] - 1
+
+    def add_product(self, weight: Tensor, back_PO: Tensor, into_PI: Tensor) -> None:
+        """Take a matrix's gradient."""
+        if self._made.numel() < weight.numel() or self._made.dtype != back_PO.dtype:
+            self._made = back_PO.new_empty(weight.numel())
+        gradient = self._made[: weight.numel()].view_as(weight)
+        self.add(weight, torch.mm(back_PO.T, into_PI, out=gradient))
+
+    def add(self, weight: Tensor, gradient: Tensor) -> None:
+        """Take a weight's gradient, which is not kept."""
+        if weight not in self._moments:
+            self._moments[weight] = tuple(torch.zeros_like(gradient) for _ in range(1 + self._mix))
+        squares, *sums = self._moments[weight]
+        squares.addcmul_(gradient, gradient, value=self._tokens**-2)
+        for total in sums:
+            total += gradient
+
+    def of(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Return the squares, to mix also the sums, of a weight's shape."""
+        return self._moments[weight]
+
+    def clear(self) -> None:
+        """Let go of one block's moments."""
+        self._moments.clear()
 
 
 # -- channels ---------------------------------------------------------------------------------------------------------
 
 
-def _channels(task: Task, index: int, salience: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+def _channels(task: Task, index: int, salience: _Salience) -> dict[str, Tensor]:
     """Return the value of every channel of each projection, by its short name, in float64."""
     family, estimator = task.adapter.family, variants.estimator_of(task.variant)
     found: dict[str, Tensor] = {}
@@ -174,12 +199,10 @@ def _channels(task: Task, index: int, salience: Callable[[nn.Parameter], Tensor]
         if weight is None:
             continue
         with torch.no_grad():
-            wide = salience(weight)
-            axis = 0 if short in OUTPUTS else 1
-            if estimator == "vectorize":
-                found[short] = wide.sum(dim=axis, dtype=torch.float64).abs()
-            else:
-                found[short] = wide.abs_().sum(dim=axis, dtype=torch.float64)
+            of, tensors = salience(weight)
+            value = of if estimator == "vectorize" else lambda *parts, of=of: of(*parts).abs_()
+            summed = columns(value, *tensors) if short in OUTPUTS else rows(value, *tensors)
+            found[short] = summed.abs() if estimator == "vectorize" else summed
     return _split(task, task.shape.blocks[index], found)
 
 

@@ -22,7 +22,7 @@ def score(task: Task) -> Measured:
     scores: dict[Piece, float] = {}
     for block in range(len(task.stack)):
         for piece, weights in by_piece(task, block).items():
-            values = {name: rows(weight.abs()) for name, weight in weights.items()}
+            values = {name: rows(torch.abs, weight) for name, weight in weights.items()}
             scores[piece] = aggregate(values, task.reductions)
         task.progress(block + 1, len(task.stack))
     return task.measured([scores[piece] for piece in task.pieces], task.reductions.record())

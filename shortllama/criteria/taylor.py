@@ -10,22 +10,24 @@ With g_n the gradient of sample n's part of that loss, three estimators, which r
 
 each then summed over the block's matrices and norms, or aggregated as `weights.aggregate` is told.
 
-Memory: one copy of the weights, one block's gradients, and the hidden state entering each block for all samples
-(L * N * T * D values). The inputs are cached in one forward pass, then blocks are walked backward: each is recomputed
-for every batch, fed the cached gradient of its output, reduced, and its gradients freed. As w is constant,
-w * sum(g) = sum(w * g), so this is the published estimate exactly. Blocks in 16 bits are differentiated in float32.
+Memory: the weights, at most one and a half blocks of gradients with all activations, and the hidden state entering
+each block for all samples, which waits in memory or in a file (`boundaries`; `memory` has the sums). The states are
+made by one forward pass, then blocks are walked backward: each is recomputed for every batch, fed the gradient of its
+output, reduced, and its gradients freed. As w is constant, w * sum(g) = sum(w * g), so this is the published estimate
+exactly. Blocks in 16 bits are differentiated in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from shortllama.criteria import Measured, Task
+from shortllama.criteria import Measured, Task, memory
+from shortllama.criteria.boundaries import Boundaries
+from shortllama.criteria.gradients import Gradients, Sums, collected
 from shortllama.criteria.weights import aggregate, by_piece, rows, scored_weights
 from shortllama.removals import Piece
 from shortllama.stack import Stack, token_nll
@@ -34,7 +36,8 @@ NAME = "taylor"
 UNITS = ("block", "module")
 NEEDS = "calibration"
 
-Estimator = Callable[[Tensor], Tensor]
+# From a weight and its gradient to values by output neuron, or to one value, in float64.
+Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
 def score(task: Task) -> Measured:
@@ -42,24 +45,24 @@ def score(task: Task) -> Measured:
     return estimate(task, per_weight, each_sequence=False)
 
 
-def per_weight(product: Tensor) -> Tensor:
+def per_weight(weight: Tensor, gradient: Tensor) -> Tensor:
     """Return sum over a row of |w * g| for each output neuron of a matrix, |w * g| of each element of a norm."""
-    return rows(product.abs())
+    return rows(lambda w, g: (w * g).abs_(), weight, gradient)
 
 
-def per_tensor(product: Tensor) -> Tensor:
+def per_tensor(weight: Tensor, gradient: Tensor) -> Tensor:
     """Return |sum of w * g| over the tensor, as (1,)."""
-    return product.sum(dtype=torch.float64).abs()[None]
+    return rows(torch.mul, weight, gradient).sum().abs()[None]
 
 
 def estimate(task: Task, estimator: Estimator, *, each_sequence: bool) -> Measured:
     """Return the aggregated `estimator` of w * g of each block or module; `each_sequence` sums it over samples."""
     found: dict[Piece, dict[str, Tensor]] = {piece: {} for piece in task.pieces}
-    for piece, weights in walk(task, each_sequence):
+    gradients = Sums()
+    for piece, weights in walk(task, gradients, each_sequence=each_sequence):
         values = found[piece]
         for name, weight in weights.items():
-            assert weight.grad is not None, "every scored weight takes part in the forward pass"
-            value = estimator(weight.detach() * weight.grad)
+            value = estimator(weight.detach(), gradients.of(weight))
             values[name] = values[name] + value if name in values else value
     assert task.calibration is not None, "the criterion needs calibration and got none"
     tokens = sum(len(ids) - 1 for ids in task.calibration.sequences)
@@ -70,75 +73,84 @@ def estimate(task: Task, estimator: Estimator, *, each_sequence: bool) -> Measur
     return task.measured(scores, task.reductions.record())
 
 
-def walk(
-    task: Task, each_sequence: bool, take: Callable[[Tensor], None] | None = None
-) -> Iterator[tuple[Piece, dict[str, nn.Parameter]]]:
-    """Yield each piece's weights with their gradients: once for all samples, or once for each; last block first.
+def walk(task: Task, gradients: Gradients, *, each_sequence: bool) -> Iterator[tuple[Piece, dict[str, nn.Parameter]]]:
+    """Yield each piece's weights, by name, once `gradients` has theirs for all samples, or for each; last block first.
 
-    Gradients are those of the summed NLL. They are freed when the walk goes on; `take(parameter)` may use one and free
-    it as soon as it is there.
+    Gradients are those of the summed NLL. They are let go of when the walk goes on.
     """
     stack, blocks = task.stack, len(task.stack)
     for block in stack.blocks:
         scored_weights(task.adapter, block)  # refuses a block it cannot score before any long work
-    batches = [part for ids in task.batches() for part in ids.split(1 if each_sequence else len(ids))]
+    batches = list(_batches(task, alone=each_sequence or gradients.alone))
     total = (2 * blocks + 1) * len(batches)
-    inputs: list[list[Tensor]] = []
-    for ids_BT in batches:
-        with torch.no_grad():
-            inputs.append(stack.states(ids_BT))
-        task.progress(len(inputs) * blocks, total)
-    gradients = [_tail_gradient(stack, ids, states.pop()) for ids, states in zip(batches, inputs, strict=True)]
+    size = memory.states_backward(task.shape, sum(ids_BT.numel() for ids_BT in batches), task.dtype)
+    waiting = Boundaries(size, blocks * len(batches), stack.device)
+    for number, ids_BT in enumerate(batches):
+        waiting["gradient", number] = _go_ahead(stack, ids_BT, number, waiting)
+        task.progress((number + 1) * (blocks + 1), total)
     for index in reversed(range(blocks)):
-        with _differentiable(stack.blocks[index], take) as block:
+        block = stack.blocks[index]
+        with collected(block, scored_weights(task.adapter, block).values(), gradients) as take_vectors:
             for number, ids_BT in enumerate(batches):
-                gradients[number] = _step_back(stack, index, ids_BT, inputs[number].pop(), gradients[number])
+                gradients.begin(ids_BT)
+                _step_back(stack, index, ids_BT, number, waiting)
+                take_vectors()
                 task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
                 if each_sequence or number == len(batches) - 1:
                     yield from by_piece(task, index).items()
-                    block.zero_grad(set_to_none=True)
+                    gradients.clear()
+
+
+def _batches(task: Task, *, alone: bool) -> Iterator[Tensor]:
+    """Yield the task's batches in parts small enough to be differentiated beside a block's gradients, or one by one."""
+    for ids_BT in task.batches():
+        rows_together = 1 if alone else memory.rows_backward(task.shape, ids_BT.shape[1], task.dtype)
+        yield from ids_BT.split(rows_together)
+
+
+def _go_ahead(stack: Stack, ids_BT: Tensor, number: int, waiting: Boundaries) -> Tensor:
+    """Keep what enters each block but the first, (block, number); return the gradient of what leaves the last one."""
+    last_BTD: Tensor | None = None
+    entered = itertools.count()
+
+    def see(state_BTD: Tensor) -> None:
+        nonlocal last_BTD
+        index = next(entered)
+        if 0 < index < len(stack):
+            waiting[index, number] = state_BTD
+        last_BTD = state_BTD
+
+    with torch.no_grad():
+        stack.watch(ids_BT, see)
+    assert last_BTD is not None, "a stack has blocks"
+    return _tail_gradient(stack, ids_BT, last_BTD)
 
 
 def _tail_gradient(stack: Stack, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-    """Return d(summed NLL)/d(what leaves the last block). A sum, so that 16-bit logits' gradients do not underflow."""
+    """Return d(summed NLL)/d(what leaves the last block), at least in float32.
+
+    A sum, so that 16-bit logits' gradients do not underflow.
+    """
     leaf = hidden_BTD.detach().requires_grad_(True)
     with torch.enable_grad():
         token_nll(stack.resume(ids_BT, leaf, at=len(stack)), ids_BT).sum().backward()
     assert leaf.grad is not None
-    return leaf.grad
+    return leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32))
 
 
-def _step_back(stack: Stack, index: int, ids_BT: Tensor, hidden_BTD: Tensor, gradient_BTD: Tensor) -> Tensor:
-    """Add this batch's gradients to the block's parameters; return the gradient of the block's input.
+def _step_back(stack: Stack, index: int, ids_BT: Tensor, number: int, waiting: Boundaries) -> None:
+    """Add a batch's gradients to the block's parameters; the gradient of the block's input then waits for the next one.
 
-    Block 0 reads the embedding's own output, which needs no gradient: `gradient_BTD` comes back unchanged.
+    Block 0 reads the embedding's own output, whose gradient nobody needs.
     """
-    wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
-    leaf = hidden_BTD.detach().to(wide).requires_grad_(True) if index else None
+    gradient_BTD = waiting["gradient", number]
+    leaf: Tensor | None = None
+    if index:
+        hidden_BTD = waiting[index, number]
+        leaf = hidden_BTD.to(torch.promote_types(hidden_BTD.dtype, torch.float32)).detach().requires_grad_(True)
     with torch.enable_grad():
         output_BTD = stack.advance(ids_BT, leaf, at=index)
         output_BTD.backward(gradient_BTD.to(output_BTD.dtype))
-    return gradient_BTD if leaf is None or leaf.grad is None else leaf.grad
-
-
-@contextmanager
-def _differentiable(block: nn.Module, take: Callable[[Tensor], None] | None) -> Generator[nn.Module]:
-    """Let the block's parameters collect gradients, in float32 where they are narrower; restore them afterwards."""
-    handles: list[RemovableHandle] = []
-    kept = {parameter: (parameter.data, parameter.grad) for parameter in block.parameters()}
-    try:
-        for parameter, (data, _) in kept.items():
-            parameter.grad = None
-            parameter.data = data.to(torch.promote_types(data.dtype, torch.float32))
-            parameter.requires_grad_(True)
-            if take is not None:
-                handles.append(parameter.register_post_accumulate_grad_hook(take))
-        yield block
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, (data, gradient) in kept.items():
-            parameter.requires_grad_(False)
-            parameter.grad = None  # before the data: a gradient must have its parameter's dtype
-            parameter.data = data
-            parameter.grad = gradient
+    if leaf is not None:
+        assert leaf.grad is not None
+        waiting["gradient", number] = leaf.grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from shortllama.criteria import Reductions, Task
 from shortllama.errors import UnsupportedError
 from shortllama.families import Adapter
 from shortllama.removals import Piece
+
+# Values looked at together: few enough to stay in a cache, enough for calls to cost nothing.
+PIECE = 1 << 16
 
 
 def scored_weights(adapter: Adapter, block: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,9 +53,27 @@ def by_piece(task: Task, block: int) -> dict[Piece, dict[str, nn.Parameter]]:
     return found
 
 
-def rows(values: Tensor) -> Tensor:
-    """Return, in float64, the sum over inputs for each output neuron of a matrix (O, I), or a norm's values (D,)."""
-    return values.flatten(1).sum(dim=1, dtype=torch.float64) if values.dim() > 1 else values.double()
+def rows(of: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return, in float64, the values of `of(*tensors)` summed for each output neuron of a matrix (O, I), as (O,).
+
+    Of a norm (D,), its values. `of` works value by value, and is given a few rows of all tensors at a time.
+    """
+    values = (of(*part) for part in pieces(*tensors))
+    return torch.cat([one.double() if one.dim() == 1 else one.sum(dim=1, dtype=torch.float64) for one in values])
+
+
+def columns(of: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return, in float64, the values of `of(*tensors)` summed for each input of a matrix, (I,). See `rows`."""
+    total = torch.zeros(tensors[0].shape[1], dtype=torch.float64, device=tensors[0].device)
+    for part in pieces(*tensors):
+        total += of(*part).sum(dim=0, dtype=torch.float64)
+    return total
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same rows of all tensors, few at a time: what is made of them needs no memory worth naming."""
+    count = max(1, PIECE * len(tensors[0]) // max(1, tensors[0].numel()))
+    return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
 def aggregate(tensors: Mapping[str, Tensor], how: Reductions) -> float:
