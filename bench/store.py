@@ -97,7 +97,7 @@ def _explain(data: bytes, file: Path) -> InputError:
             schema = _fields(line).get("schema", SCHEMA)
             if schema != SCHEMA:
                 return InputError(
-                    f"{file}: line {number}: $.schema is {schema!r}, and this version reads {SCHEMA}; read the run with the "
+                    f"{file}: line {number}: $.schema is {schema!r}, and this version reads {SCHEMA}; read it with the "
                     "version of shortllama that wrote it, or upgrade"
                 )
             try:
