@@ -108,6 +108,7 @@ def _stack_shape(config: Config, family: Family) -> ModelShape:
         tied=bool(field_of(config, family, "tie_word_embeddings")),
         blocks=(mixer.block,) * int(config["num_hidden_layers"]),
         final_norms=family.final_norms,
+        entry_norms=2 if family.entry_norm else 0,
         mixer=mixer.tensors,
     )
 
@@ -175,7 +176,7 @@ def skeleton_config(config: Config, shape: ModelShape) -> Config:
     """
     exact = _same_family(config, shape)
     if exact is not None:
-        return exact
+        return {**exact, **lookup(shape.family).steady}
     legal = {**copy.deepcopy(config), "model_type": shape.family, "head_dim": shape.head_dim}
     for name in (FAMILY_KEY, BIASES_KEY):
         legal.pop(name, None)

@@ -39,11 +39,17 @@ def tensors(shape: ModelShape) -> dict[str, Dimensions]:
     for index, block in enumerate(shape.blocks):
         for name, dimensions in _block_tensors(family, shape, block).items():
             found[f"{family.blocks}.{index}.{name}"] = dimensions
+    found |= {name: (shape.hidden,) for name in _entry_norms(family, shape)}
     for leaf in ("weight", "bias")[: shape.final_norms]:
         found[f"{family.final_norm}.{leaf}"] = (shape.hidden,)
     if not shape.tied:
         found[f"{family.head}.weight"] = (shape.vocabulary, shape.hidden)
     return found
+
+
+def _entry_norms(family: Family, shape: ModelShape) -> list[str]:
+    """Name the vectors of the norm behind the embedding, which are stored with whatever block is first."""
+    return [f"{family.blocks}.0.{family.entry_norm}.{leaf}" for leaf in ("weight", "bias")[: shape.entry_norms]]
 
 
 def _block_tensors(family: Family, shape: ModelShape, block: BlockShape) -> dict[str, Dimensions]:
@@ -84,7 +90,9 @@ def slices(shape: ModelShape, keep: tuple[BlockKeep, ...]) -> dict[str, Slice]:
     queries stay in every group, those that stay are still in that order.
     """
     family = lookup(shape.family)
-    found = {name: Slice(name) for name in tensors(shape) if not name.startswith(f"{family.blocks}.")}
+    entry = _entry_norms(family, shape)
+    outside = [name for name in tensors(shape) if name in entry or not name.startswith(f"{family.blocks}.")]
+    found = {name: Slice(name) for name in outside}
     for index, one in enumerate(keep):
         block = shape.blocks[one.index]
         axes = _kept_axes(shape, block, one)

@@ -1,4 +1,4 @@
-"""Text from a model itself: tokens drawn from its own distribution, with a KV cache, one seed, the same every time.
+"""Text from a model itself: tokens drawn from its own distribution, with a cache, one seed, the same every time.
 
 Used by `self` calibration, where nothing may be truncated (the sample must be the model's distribution, so that the
 perplexity of a pruned model on it is a divergence from the dense one), and for generation samples.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shortllama.errors import InputError
+from shortllama.families import lookup
 
 Progress = Callable[[int, int], None]
 
@@ -64,14 +65,19 @@ def _continue(
     device = model.get_input_embeddings().weight.device
     ids = torch.from_numpy(prompt_NP.astype(np.int64)).to(device)
     random = torch.from_numpy(random_NT).to(device)
-    drawn, cache, step_ids = [ids], None, ids
+    # Without a cache that can be trusted, everything so far is run again for each token.
+    name = lookup(model.config.model_type).cache
+    cache: Any = None
+    step_ids = ids
     for step in range(random.shape[1]):
-        output = model(input_ids=step_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        step_ids = draw(output.logits[:, -1], random[:, step], temperature)[:, None]
-        drawn.append(step_ids)
+        kept = {"use_cache": False} if name is None else {"use_cache": True, name: cache}
+        output = model(input_ids=step_ids, logits_to_keep=1, **kept)
+        cache = None if name is None else getattr(output, name)
+        drawn = draw(output.logits[:, -1], random[:, step], temperature)[:, None]
+        ids = torch.cat([ids, drawn], dim=1)
+        step_ids = ids if name is None else drawn
         tick(step + 1)
-    return torch.cat(drawn, dim=1).cpu().numpy()
+    return ids.cpu().numpy()
 
 
 def draw(logits_NV: Tensor, uniform_N: Tensor, temperature: float) -> Tensor:

@@ -57,7 +57,8 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `family` is the transformers model type whose modelling code runs it; `biases` names the projections that have one
     (out of q, k, v, o, gate, up, down); `norms_per_module` counts norm vectors of size h beside each MHA and each FFN
     (1 in Llama, 2 in Gemma 2); `qk_norm` adds two vectors of size d to each attention (Qwen3); `final_norms` counts the
-    vectors of the norm in front of the output head (2 where it has a bias).
+    vectors of the norm in front of the output head (2 where it has a bias), `entry_norms` those of a norm right behind
+    the embedding (RWKV).
 
     `mixer` is for families whose blocks can only be removed whole (GPT-NeoX, Mamba): every tensor of a block by name
     and dimensions. All blocks are then alike, and their heads and neurons say only what attention and its cache cost.
@@ -73,6 +74,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qk_norm: bool = False
     norms_per_module: int = 1
     final_norms: int = 1
+    entry_norms: int = 0
     mixer: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
@@ -149,7 +151,8 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def parameters(self) -> int:
         """All parameters; a tied output head is counted once."""
-        outside = self.embedding_parameters * (1 if self.tied else 2) + self.final_norms * self.hidden
+        norms = self.final_norms + self.entry_norms
+        outside = self.embedding_parameters * (1 if self.tied else 2) + norms * self.hidden
         return outside + sum(map(self.block_parameters, self.blocks))
 
     # -- bytes and FLOPs --------------------------------------------------------------------------------------------
@@ -228,6 +231,6 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Fields that came later are left out where they have their default: older digests stay valid.
         """
         fields = msgspec.to_builtins(self)
-        later = {"final_norms": 1, "mixer": ()}
+        later = {"final_norms": 1, "entry_norms": 0, "mixer": ()}
         kept = {name: value for name, value in fields.items() if name not in later or value != later[name]}
         return hashlib.sha256(msgspec.json.encode(kept, order="sorted")).hexdigest()[:16]

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shortllama import families
+from shortllama.families import check_steady, lookup
+
 if TYPE_CHECKING:
     from shortllama.families import Adapter
 
@@ -39,12 +42,18 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _returned(hidden_BTD: Tensor | None, outputs: int) -> Any:
+    """Return a hidden state as a block of so many outputs does, the others empty."""
+    return hidden_BTD if outputs == 1 else (hidden_BTD, *[None] * (outputs - 1))
+
+
 class Stack:
     """A model and its blocks, in order. The model is used as it is: call it inside `quiet` to score."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.model = model
         self.blocks = tuple(blocks)
+        self._outputs = lookup(model.config.model_type).block_outputs  # type: ignore[union-attr]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -133,7 +142,7 @@ class Stack:
         assert (hidden_BTD is None) == (at == 0), "a hidden state enters every block but the first"
 
         def transparent(*_: Any, **__: Any) -> Any:
-            return hidden_BTD
+            return _returned(hidden_BTD, self._outputs)
 
         with ExitStack() as restore:
             for block in self.blocks[:at]:
@@ -178,7 +187,7 @@ def left_out(adapter: Adapter, block: nn.Module, part: str) -> Generator[None]:
     def nothing(*args: Any, **kwargs: Any) -> Any:
         hidden_BTD = _entering(args, kwargs)
         if part == "block":
-            return hidden_BTD
+            return _returned(hidden_BTD, adapter.family.block_outputs)
         added_BTD = torch.zeros_like(hidden_BTD)
         return (added_BTD, None) if part == "attention" else added_BTD
 
@@ -188,14 +197,20 @@ def left_out(adapter: Adapter, block: nn.Module, part: str) -> Generator[None]:
 
 @contextmanager
 def quiet(model: nn.Module) -> Generator[None]:
-    """Put the model in eval mode with no gradients asked for, and restore training mode and every flag afterwards."""
+    """Put the model in eval mode with no gradients asked for, and restore training mode and every flag afterwards.
+
+    A norm that the first block applies to the embeddings runs with them, so that all blocks are alike. Raises
+    UnsupportedError for a model whose forward would change its weights.
+    """
+    check_steady(model)
     training = {module: module.training for module in model.modules()}
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in asked:
         parameter.requires_grad_(False)
     try:
-        yield
+        with _embeddings_normed(model):
+            yield
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
@@ -221,6 +236,25 @@ def counted(blocks: Sequence[nn.Module]) -> Generator[Callable[[], int]]:
         for block in blocks:
             hooks.callback(block.register_forward_pre_hook(count, with_kwargs=True).remove)
         yield lambda: tokens
+
+
+@contextmanager
+def _embeddings_normed(model: nn.Module) -> Generator[None]:
+    """Let the norm that the first block applies to the embeddings, if there is one, run behind the embedding."""
+    parts = families.adapter(model)
+    name = parts.family.entry_norm
+    if name is None:
+        yield
+        return
+    first = parts.blocks[0]
+    norm = first.get_submodule(name)
+    handle = parts.embedding.register_forward_hook(lambda _, __, output: norm(output))
+    setattr(first, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(first, name, norm)
+        handle.remove()
 
 
 def token_nll(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from typing import Any
 def outputs(model: Any, prompt: list[int], steps: int) -> dict[str, Any]:
     """Return the model's class and attention, its logits after each prompt token (T, V) and `steps` greedy tokens.
 
-    One sequence; the tokens are decoded one by one with a KV cache, so that cache numbering is exercised too.
+    One sequence; the tokens are decoded one by one with a KV cache, so that cache numbering is exercised too. Without
+    one of a known name (RWKV's state, with which decoding is wrong) all tokens so far are run again for each.
     """
     import torch
 
@@ -25,12 +26,15 @@ def outputs(model: Any, prompt: list[int], steps: int) -> dict[str, Any]:
     with torch.inference_mode():
         result = model(ids, use_cache=True)
         # State-space models name their cache otherwise.
-        cache = next(name for name in ("past_key_values", "cache_params") if getattr(result, name, None) is not None)
+        names = [name for name in ("past_key_values", "cache_params") if getattr(result, name, None) is not None]
+        if not names:
+            result = model(ids, use_cache=False)
         logits = result.logits[0].float().cpu()
         for _ in range(steps):
-            ids = result.logits[:, -1:].argmax(-1)
-            tokens.append(int(ids))
-            result = model(ids, use_cache=True, **{cache: getattr(result, cache)})
+            new = result.logits[:, -1:].argmax(-1)
+            tokens.append(int(new))
+            ids = new if names else torch.cat([ids, new], dim=1)
+            result = model(ids, use_cache=bool(names), **{name: getattr(result, name) for name in names})
     kind = model.config._attn_implementation
     return {"class": type(model).__name__, "attention": kind, "logits": logits.tolist(), "tokens": tokens}
 

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shortllama import configs, layout
 from shortllama.errors import InputError, PlanError, UnsupportedError
-from shortllama.families import Adapter, Family, adapter, lookup
+from shortllama.families import Adapter, Family, adapter, check_steady, lookup
 from shortllama.plans import Plan, check_base, shape_after
 from shortllama.shape import BlockShape, ModelShape, item_bytes
 
@@ -51,7 +51,7 @@ def build(
 
     def drawn(name: str, dimensions: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(dimensions, dtype=torch_dtype(dtype), device=device)
-        if name.endswith("weight") and "norm" in name.rsplit(".", 2)[-2]:
+        if name.endswith("weight") and family.norm_mark in name.rsplit(".", 2)[-2]:
             return tensor.fill_(family.norm_weight)
         return tensor.normal_(0, std, generator=generator)
 
@@ -69,6 +69,7 @@ def apply(plan: Plan, model: PreTrainedModel, *, compensation: Mapping[str, Tens
     """
     base = shape_of(model)
     check_base(plan, base)
+    check_steady(model)
     if plan.blind and not is_weightless(model):
         raise PlanError(
             f"plan of method {plan.method!r} is blind (it reproduces a shape, its indices mean nothing); it applies to "

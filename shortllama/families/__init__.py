@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from shortllama.errors import UnsupportedError
-from shortllama.families import gemma, gpt_neox, llama, mamba, mistral, phi3, qwen2, qwen3
+from shortllama.families import gemma, gpt_neox, llama, mamba, mistral, phi3, qwen2, qwen3, rwkv
 from shortllama.families.family import Adapter, Family
 
 __all__ = ["FAMILIES", "Adapter", "Family", "adapter", "lookup"]
@@ -28,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         mamba.MAMBA,
         mamba.FALCON_MAMBA,
         mamba.MAMBA2,
+        rwkv.FAMILY,
     )
 }
 
@@ -35,7 +36,6 @@ FAMILIES: dict[str, Family] = {
 _REFUSED = {
     "gemma3": "it holds images too; save its language model alone, as gemma3_text",
     "gemma3n": "its blocks share KV caches, so that removing one breaks others",
-    "rwkv": "its cached decoding disagrees with the uncached one in transformers, dense as well",
 }
 
 
@@ -46,6 +46,18 @@ def lookup(model_type: object) -> Family:
         why = f" ({_REFUSED[str(model_type)]})" if str(model_type) in _REFUSED else ""
         raise UnsupportedError(f"model type {model_type!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
     return family
+
+
+def check_steady(model: Any) -> None:
+    """Raise UnsupportedError for a model whose forward changes its own weights, as its stock class may."""
+    family = lookup(model.config.model_type)
+    for name, value in family.steady.items():
+        seen = getattr(model.config, name)
+        if seen != value:
+            raise UnsupportedError(
+                f"{name} of this {family.model_type} model is {seen}: its forward rescales weights in place, so that "
+                "they cannot be scored or sliced; load it with shortllama.load, which switches that off"
+            )
 
 
 def adapter(model: Any) -> Adapter:

@@ -52,6 +52,10 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     has that attention; without it, its eager one runs. `pattern`: every so many-th block has full attention, the
     others a window. `attention_norms`, `mlp_norms`: the norm in front of the module and any behind it, removed with
     it. `head_norms`: norms of size head_dim inside the attention. `norm_weight`: that of a norm that only normalizes.
+    `norm_mark`: what the names of norms have in common. `entry_norm`: a norm with a bias that the first block
+    applies to the embeddings, and that stays when this block goes. `block_outputs`: how many values a block returns.
+    `steady`: config fields that our models have whatever their file says, because with others a forward changes the
+    weights. `cache`: what the forward calls its cache, None where decoding with it disagrees with decoding without.
     `needs_bos`: without a BOS in front, a text is nothing like what it was trained on.
 
     `mixer` (config field by name -> Mixer) and its inverse `mixer_fields` (shape -> config fields) are for families
@@ -73,6 +77,11 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     norms_per_module: int = 1
     norm_weight: float = 1.0
     needs_bos: bool = False
+    norm_mark: str = "norm"
+    entry_norm: str | None = None
+    block_outputs: int = 1
+    steady: Mapping[str, Any] = {}
+    cache: str | None = "past_key_values"
     final_norms: int = 1
     mixer: Callable[[Callable[[str], Any]], Mixer] | None = None
     mixer_fields: Callable[[ModelShape], dict[str, Any]] | None = None

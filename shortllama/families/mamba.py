@@ -94,6 +94,7 @@ MAMBA = Family(
     mixer=_mixer,
     mixer_fields=_fields,
     sdpa=False,
+    cache="cache_params",
     outgoing=("mixer.out_proj",),
     blocks="backbone.layers",
     attention="mixer",
