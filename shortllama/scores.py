@@ -104,10 +104,6 @@ def check_finite(scores: Scores) -> None:
                 )
 
 
-def read_scores(path: Path) -> Scores:
-    """Return the scores in `path`. Raises InputError naming the offending key."""
-    return files.decode_json(files.read_bytes(path), Scores, str(path))
-
 def is_scores(path: Path) -> bool:
     """Return whether a file calls itself scores, readable or not as such."""
     try:
@@ -116,6 +112,10 @@ def is_scores(path: Path) -> bool:
         return False
     return isinstance(named, dict) and str(cast("dict[str, Any]", named).get("schema")).startswith("shortllama.scores/")
 
+
+def read_scores(path: Path) -> Scores:
+    """Return the scores in `path`. Raises InputError naming the offending key."""
+    return files.decode_json(files.read_bytes(path), Scores, str(path))
 
 
 def write_scores(path: Path, scores: Scores) -> None:
