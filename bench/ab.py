@@ -18,11 +18,13 @@ import typer
 from bench import conduct, environment, experiment, filters, run_folder, runtimes, schedule, sides, store
 from bench.cells import Cell, Suite, read_suite
 from bench.compare import publish
+from bench.comparison import Comparison
 from bench.environment import Machine
 from bench.experiment import Design
 from bench.measurement import Environment
 from bench.sequential import FULL, Looks
 from bench.sessions import Sessions, place
+from bench.sides import Side
 from bench.store import Results
 from shortllama import console, files
 from shortllama.errors import InputError, ShortllamaError
@@ -73,31 +75,45 @@ def ab(
     others get more, up to 12. RUN/base and RUN/head are runs that compare and report read.
     """
     before, after = sides.understand(base, head, Path.cwd())
-    machine, chosen = environment.machine(device), read_suite(suite)
-    folder = out or run_folder.default("ab", machine.slug)
+    asked = Asked(read_suite(suite), cells, _looks(pairs), device)
+    folder = out or run_folder.default("ab", environment.machine(device).slug)
+    found = measure(before, after, asked, folder, resume=resume)
+    code = publish(found, as_json=as_json)
+    console.say(f"wrote {folder}; judge it again by shortllama compare {folder / 'base'} {folder / 'head'}")
+    return code
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What is to be measured on both sides, and how often."""
+
+    suite: Suite
+    cells: str | None = None
+    looks: Looks = FULL
+    device: str | None = None
+
+
+def measure(base: Side, head: Side, asked: Asked, folder: Path, *, resume: bool = False) -> Comparison:
+    """Run an experiment into `folder`; return its comparison. Raises what its sides, cells and sessions refuse."""
+    machine, suite = environment.machine(asked.device), asked.suite
+    by_subject = base.subject is not None
     design = Design(
-        id=secrets.token_hex(8),
-        base=before.what,
-        head=after.what,
-        looks=_looks(pairs),
-        by_subject=before.subject is not None,
-        notes=sides.notes(before, after),
+        secrets.token_hex(8), base.what, head.what, asked.looks, by_subject=by_subject, notes=sides.notes(base, head)
     )
-    subjects = {"base": before.subject, "head": after.subject} if before.subject is not None else None
-    suites = {side: _of_side(chosen, subjects[side] if subjects else None) for side in experiment.SIDES}
-    document = Document(design, chosen, cells, (before.digest, after.digest))
+    subjects = {"base": base.subject, "head": head.subject} if by_subject else None
+    suites = {side: _of_side(suite, subjects[side] if subjects else None) for side in experiment.SIDES}
+    document = Document(design, suite, asked.cells, (base.digest, head.digest))
     new = not (folder / FILE).exists()
     design = _begin(folder, document, suites, resume=resume)
     try:
-        with sides.checked_out((before, after)) as roots:
-            plan = _plan(chosen, machine, folder, cells, subjects)
-            sessions = Sessions(chosen, device, plan.places)
+        with sides.checked_out((base, head)) as roots:
+            plan = _plan(suite, machine, folder, asked.cells, subjects)
+            sessions = Sessions(suite, asked.device, plan.places)
 
             def session(side: str, wanted: Sequence[Cell]) -> Results:
                 return sessions.run(roots[experiment.SIDES.index(side)], [plan.on(side, cell) for cell in wanted])
 
             with _watching(design.looks) as tell:
-                found = conduct.conduct(design, plan.cells, folder, _environments(chosen, machine), session, tell)
+                return conduct.conduct(design, plan.cells, folder, _environments(suite, machine), session, tell)
     except ShortllamaError:
         if new and not any((folder / side / store.FILE_NAME).exists() for side in experiment.SIDES):
             files.remove_folder(folder)
@@ -105,9 +121,6 @@ def ab(
     except KeyboardInterrupt:
         console.say(f"{folder}: keeps the pairs that were measured; go on with --resume")
         raise
-    code = publish(found, as_json=as_json)
-    console.say(f"wrote {folder}; judge it again by shortllama compare {folder / 'base'} {folder / 'head'}")
-    return code
 
 
 def _of_side(suite: Suite, subject: str | None) -> Suite:

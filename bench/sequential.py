@@ -48,26 +48,14 @@ class Looks(msgspec.Struct, frozen=True):
         """
         if count < self.first:
             return 0.0
-        return _beyond(self._boundary(share) * math.sqrt(self.most / count))
+        return _beyond(_boundary(share, self.first, self.most) * math.sqrt(self.most / count))
 
     def _overall(self, boundary: float) -> float:
         """The z of a single look that is as rare among equal code as crossing `boundary` at any look."""
         place = min(boundary, _LARGEST) / _GRID
         below = min(int(place), round(_LARGEST / _GRID) - 1)
-        low, high = self._node(below), self._node(below + 1)
+        low, high = (_node(index, self.first, self.most) for index in (below, below + 1))
         return low + (place - below) * (high - low)
-
-    def _boundary(self, share: float) -> float:
-        """The inverse of `_overall` at the z of `share`."""
-        wanted = -_NORMAL.inv_cdf(share / 2)
-        for index in range(round(_LARGEST / _GRID)):
-            low, high = self._node(index), self._node(index + 1)
-            if wanted <= high:
-                return (index + (wanted - low) / (high - low)) * _GRID
-        return _LARGEST
-
-    def _node(self, index: int) -> float:
-        return _node(index, self.first, self.most)
 
 
 FULL = Looks(5, 12)
@@ -84,6 +72,17 @@ def looks_of(count: int) -> Looks:
 def _beyond(z: float) -> float:
     """P(|Z| >= z): NormalDist.cdf loses the digits of small tails (before Python 3.13)."""
     return math.erfc(z / math.sqrt(2))
+
+
+@lru_cache(maxsize=4096)
+def _boundary(share: float, first: int, most: int) -> float:
+    """The inverse of `Looks._overall` at the z of `share`."""
+    wanted = -_NORMAL.inv_cdf(share / 2)
+    for index in range(round(_LARGEST / _GRID)):
+        low, high = (_node(one, first, most) for one in (index, index + 1))
+        if wanted <= high:
+            return (index + (wanted - low) / (high - low)) * _GRID
+    return _LARGEST
 
 
 @lru_cache(maxsize=4096)
