@@ -26,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +84,11 @@ def _measure(task: Task) -> _Found:
     """Score the model as it is now."""
     blocks = len(task.stack)
     found = _Found([()] * blocks, [()] * blocks, [()] * blocks)
-    for index, saliences in _saliences(task):
+    finished = [task.journal.finished(index) for index in range(blocks)]
+    for index, lists in enumerate(finished):
+        if lists is not None:
+            found.groups[index], found.queries[index], found.neurons[index] = map(tuple, lists)
+    for index, saliences in _saliences(task) if None in finished else ():
         size = task.shape.blocks[index]
         values = _channels(task, index, saliences)
         if size.kv_heads:
@@ -94,6 +97,7 @@ def _measure(task: Task) -> _Found:
             found.queries[index] = floats(per_group(channels, size.query_heads))
         if size.neurons:
             found.neurons[index] = floats(_reduce(task, torch.stack([values[name] for name in _MLP])))
+        task.journal.keep(index, [kind[index] for kind in found])
     return found
 
 
@@ -111,8 +115,14 @@ def _saliences(task: Task) -> Iterator[tuple[int, _Salience]]:
         yield from _second_order(task, estimator == "param_mix")
     else:
         sums, tokens = Sums(), sum(_predicted(task))
-        for block, _ in groupby(taylor.walk(task, sums, each_sequence=False), key=lambda found: found[0].block):
+        for block in _walked(task, sums):
             yield block, lambda weight: (lambda w, g: w * g / tokens, (weight.detach(), sums.of(weight)))
+
+
+def _walked(task: Task, gradients: taylor.Gradients) -> Iterator[int]:
+    """Yield each block's number once `gradients` has the whole block's, which holds until the next one."""
+    for pieces in taylor.walk(task, gradients, each_sequence=False):
+        yield next(pieces)[0].block
 
 
 def _predicted(task: Task) -> list[int]:
@@ -141,7 +151,7 @@ def _second_order(task: Task, mix: bool) -> Iterator[tuple[int, _Salience]]:
     def both(w: Tensor, squares: Tensor, sums: Tensor) -> Tensor:
         return w * sums / tokens - second(w, squares) / 2
 
-    for block, _ in groupby(taylor.walk(task, moments, each_sequence=False), key=lambda found: found[0].block):
+    for block in _walked(task, moments):
         yield block, lambda weight: (both if mix else second, (weight.detach(), *moments.of(weight)))
 
 
@@ -281,7 +291,8 @@ def _step_by_step(task: Task, steps: int) -> _Found:
     ]
     for step in range(1, steps + 1):
         with _cut(task, orders):
-            measured = _measure(dataclasses.replace(task, progress=_part(task.progress, step - 1, steps)))
+            now = _part(task.progress, step - 1, steps)
+            measured = _measure(dataclasses.replace(task, progress=now, journal=task.journal.part(f"step {step}")))
         for index, (size, after) in enumerate(zip(task.shape.blocks, task.towards.blocks, strict=True)):
             in_groups = (size.queries_per_group, after.queries_per_group)
             counts = ((size.kv_heads, after.kv_heads), in_groups, (size.neurons, after.neurons))

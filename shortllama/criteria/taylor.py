@@ -57,26 +57,33 @@ def per_tensor(weight: Tensor, gradient: Tensor) -> Tensor:
 
 def estimate(task: Task, estimator: Estimator, *, each_sequence: bool) -> Measured:
     """Return the aggregated `estimator` of w * g of each block or module; `each_sequence` sums it over samples."""
-    found: dict[Piece, dict[str, Tensor]] = {piece: {} for piece in task.pieces}
-    gradients = Sums()
-    for piece, weights in walk(task, gradients, each_sequence=each_sequence):
-        values = found[piece]
-        for name, weight in weights.items():
-            value = estimator(weight.detach(), gradients.of(weight))
-            values[name] = values[name] + value if name in values else value
     assert task.calibration is not None, "the criterion needs calibration and got none"
     tokens = sum(len(ids) - 1 for ids in task.calibration.sequences)
-    scores = [
-        aggregate({name: value / tokens for name, value in values.items()}, task.reductions)
-        for values in found.values()
-    ]
-    return task.measured(scores, task.reductions.record())
+    scores: dict[Piece, float | None] = {piece: task.journal.finished(piece) for piece in task.pieces}
+    gradients = Sums()
+    for measured in walk(task, gradients, each_sequence=each_sequence) if None in scores.values() else ():
+        found: dict[Piece, dict[str, Tensor]] = {}
+        for piece, weights in measured:
+            values = found.setdefault(piece, {})
+            for name, weight in weights.items():
+                value = estimator(weight.detach(), gradients.of(weight))
+                values[name] = values[name] + value if name in values else value
+        for piece, values in found.items():
+            scores[piece] = aggregate({name: value / tokens for name, value in values.items()}, task.reductions)
+            task.journal.keep(piece, scores[piece])
+    return task.measured([one for one in scores.values() if one is not None], task.reductions.record())
 
 
-def walk(task: Task, gradients: Gradients, *, each_sequence: bool) -> Iterator[tuple[Piece, dict[str, nn.Parameter]]]:
-    """Yield each piece's weights, by name, once `gradients` has theirs for all samples, or for each; last block first.
+# Weights by name, of one piece of a block after the other.
+Measuring = Iterator[tuple[Piece, dict[str, nn.Parameter]]]
 
-    Gradients are those of the summed NLL. They are let go of when the walk goes on.
+
+def walk(task: Task, gradients: Gradients, *, each_sequence: bool) -> Iterator[Measuring]:
+    """Yield, for each block, last block first, what yields its pieces once `gradients` has theirs.
+
+    That is once for all samples, or once for each. Gradients are those of the summed NLL; they are let go of when a
+    piece comes again, and when the walk goes on. By then what was made of a block must be in the task's journal, for a
+    walk that goes on after a kill skips the blocks behind which the gradients were last carried there.
     """
     stack, blocks = task.stack, len(task.stack)
     for block in stack.blocks:
@@ -85,20 +92,31 @@ def walk(task: Task, gradients: Gradients, *, each_sequence: bool) -> Iterator[t
     total = (2 * blocks + 1) * len(batches)
     size = memory.states_backward(task.shape, sum(ids_BT.numel() for ids_BT in batches), task.dtype)
     waiting = Boundaries(size, blocks * len(batches), stack.device)
+    left, carried = task.journal.carried() or (blocks, None)
     for number, ids_BT in enumerate(batches):
-        waiting["gradient", number] = _go_ahead(stack, ids_BT, number, waiting)
+        last_BTD = _go_ahead(Stack(stack.model, stack.blocks[:left]), ids_BT, number, waiting)
+        waiting["gradient", number] = (
+            _tail_gradient(stack, ids_BT, last_BTD) if carried is None else next(carried).to(stack.device)
+        )
         task.progress((number + 1) * (blocks + 1), total)
-    for index in reversed(range(blocks)):
+
+    def way_back(index: int, take_vectors: Callable[[], None]) -> Measuring:
+        for number, ids_BT in enumerate(batches):
+            gradients.begin(ids_BT)
+            _step_back(stack, index, ids_BT, number, waiting)
+            take_vectors()
+            task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
+            if each_sequence or number == len(batches) - 1:
+                yield from by_piece(task, index).items()
+                gradients.clear()
+
+    for index in reversed(range(left)):
         block = stack.blocks[index]
         with collected(block, scored_weights(task.adapter, block).values(), gradients) as take_vectors:
-            for number, ids_BT in enumerate(batches):
-                gradients.begin(ids_BT)
-                _step_back(stack, index, ids_BT, number, waiting)
-                take_vectors()
-                task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
-                if each_sequence or number == len(batches) - 1:
-                    yield from by_piece(task, index).items()
-                    gradients.clear()
+            yield way_back(index, take_vectors)
+            gradients.clear()
+        if index:
+            task.journal.carry(index, lambda: (waiting["gradient", number] for number in range(len(batches))))
 
 
 def _batches(task: Task, *, alone: bool) -> Iterator[Tensor]:
@@ -109,7 +127,7 @@ def _batches(task: Task, *, alone: bool) -> Iterator[Tensor]:
 
 
 def _go_ahead(stack: Stack, ids_BT: Tensor, number: int, waiting: Boundaries) -> Tensor:
-    """Keep what enters each block but the first, (block, number); return the gradient of what leaves the last one."""
+    """Keep what enters each block but the first, (block, number); return what leaves the last one."""
     last_BTD: Tensor | None = None
     entered = itertools.count()
 
@@ -123,7 +141,7 @@ def _go_ahead(stack: Stack, ids_BT: Tensor, number: int, waiting: Boundaries) ->
     with torch.no_grad():
         stack.watch(ids_BT, see)
     assert last_BTD is not None, "a stack has blocks"
-    return _tail_gradient(stack, ids_BT, last_BTD)
+    return last_BTD
 
 
 def _tail_gradient(stack: Stack, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:

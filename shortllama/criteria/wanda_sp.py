@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +35,12 @@ OUTPUTS = ("o", "down")
 def score(task: Task) -> Measured:
     """Return scores of each block's KV groups, query heads and neurons, comparable within the block; higher = keep."""
     batches = list(task.batches())
-    hidden: list[Tensor | None] = [None] * len(batches)
-    groups: list[tuple[float, ...]] = []
-    queries: list[tuple[float, ...]] = []
-    neurons: list[tuple[float, ...]] = []
-    done = 0
-    for index, block in enumerate(task.adapter.blocks):
+    start, carried = task.journal.carried() or (0, [None] * len(batches))
+    hidden = [None if state is None else state.to(task.stack.device) for state in carried]
+    finished = [task.journal.finished(index) for index in range(start)]
+    groups, queries, neurons = ([tuple(lists[kind]) for lists in finished] for kind in range(3))
+    done = start * len(batches)
+    for index, block in list(enumerate(task.adapter.blocks))[start:]:
         projections = {name: p for name, p in task.adapter.projections(block).items() if name in OUTPUTS}
         with _square_sums(projections) as sums:
             dense = []
@@ -52,13 +53,15 @@ def score(task: Task) -> Measured:
         groups.append(floats(per_group(heads, size.kv_heads)))
         queries.append(floats(per_group(heads, size.query_heads)))
         neurons.append(floats(column["down"]) if "down" in column else ())
+        task.journal.keep(index, [groups[-1], queries[-1], neurons[-1]])
         kept = _kept(task, index, groups[-1], queries[-1], neurons[-1])
         if kept is None:
-            hidden = list(dense)
-            continue
-        del dense
-        with masked(projections, kept):
-            hidden = [task.stack.advance(ids, state, at=index) for ids, state in zip(batches, hidden, strict=True)]
+            hidden = dense
+        else:
+            del dense
+            with masked(projections, kept):
+                hidden = [task.stack.advance(ids, state, at=index) for ids, state in zip(batches, hidden, strict=True)]
+        task.journal.carry(index + 1, partial(iter, hidden))
     towards = None if task.towards is None else widths(task.towards)
     return Measured(
         kv_groups=tuple(groups), neurons=tuple(neurons), query_heads=tuple(queries), details={"towards": towards}
