@@ -242,7 +242,8 @@ def show_scores(scores: Scores) -> None:
         steps = (scores.details or {}).get("steps", [])
         rows = [(rank, step["removed"], f"{step['score']:.6g}") for rank, step in enumerate(steps, 1)]
         table(("goes as number", "part ", "score then"), rows, title="scored again after each removal")
-    for name, lists in (("KV groups", scores.kv_groups), ("neurons", scores.neurons)):
+    heads = scores.query_heads or None
+    for name, lists in (("KV groups", scores.kv_groups), ("query heads", heads), ("neurons", scores.neurons)):
         if lists is not None:
             rows = [
                 (index, len(values), f"{min(values):.4g}", f"{sum(values) / len(values):.4g}", f"{max(values):.4g}")

@@ -165,7 +165,7 @@ def _check_scores(request: Request, scores: Scores) -> None:
     lists = _lists(scores, request.scored_unit, shape, queries=axis_of(request.variant) != AXES[0])
     for name, (values, sizes) in lists.items():
         if values is None:
-            raise InputError(f"scores lack {name!r}, which method {method.name} needs; score again")
+            raise InputError(f"scores lack {name!r}, which method {method.name}{variant(request)} needs; score again")
         if values != sizes:
             raise InputError(f"scores.{name} are for {_say(values)}, this model has {_say(sizes)}; score this model")
     if scores.base_digest != shape.digest():
