@@ -180,7 +180,7 @@ def skeleton_config(config: Config, shape: ModelShape) -> Config:
     legal = {**copy.deepcopy(config), "model_type": shape.family, "head_dim": shape.head_dim}
     for name in (FAMILY_KEY, BIASES_KEY):
         legal.pop(name, None)
-    _check_heads(shape)
+    check_heads(shape)
     heads, groups = next(iter(_head_counts(shape)), (0, 0))
     if lookup(shape.family).one_head_count and heads:
         legal |= {"num_attention_heads": heads, "num_key_value_heads": groups}
@@ -193,12 +193,13 @@ def _head_counts(shape: ModelShape) -> set[tuple[int, int]]:
     return {(block.query_heads, block.kv_heads) for block in shape.blocks if block.kv_heads}
 
 
-def _check_heads(shape: ModelShape) -> None:
+def check_heads(shape: ModelShape) -> None:
+    """Raise UnsupportedError for blocks of different head counts in a family whose class has one for all blocks."""
     if lookup(shape.family).one_head_count and len(_head_counts(shape)) > 1:
         heads = sorted(query for query, _ in _head_counts(shape))
         raise UnsupportedError(
             f"{shape.family} reads one number of heads for all blocks from its config, this plan leaves "
-            f"{', '.join(map(str, heads))}; keep as many heads in every block"
+            f"{', '.join(map(str, heads))}; keep as many heads in every block (--protect 0,0; flap with --structure UL-UM)"
         )
 
 
@@ -242,7 +243,7 @@ def _foreign(config: Config, shape: ModelShape, model_type: str, present: list[b
 
 def own_config(config: Config, shape: ModelShape) -> Config:
     """Return our own form: `config` (the base's, with as many blocks as `shape`) and every block's sizes."""
-    _check_heads(shape)
+    check_heads(shape)
     own: Config = {
         "model_type": OWN_MODEL_TYPE,
         "base": copy.deepcopy(config),

@@ -10,7 +10,11 @@ import msgspec
 from shortllama import configs
 from shortllama.errors import UnsupportedError
 from shortllama.exporting import llamacpp
+from shortllama.families import lookup
 from shortllama.shape import ModelShape
+
+
+_NOT_IN_VLLM = ("rwkv",)
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -41,6 +45,8 @@ def _transformers(shape: ModelShape, config: configs.Config) -> Fit:
     form = str(config.get("model_type"))
     if form == configs.OWN_MODEL_TYPE:
         return Fit("transformers", False, f"{_own_form(shape)}, shortllama.load takes it as it is")
+    if lookup(shape.family).cache is None:
+        return Fit("transformers", True, f"as {form}, with use_cache=False: with its cache it decodes something else")
     return Fit("transformers", True, f"as {form}")
 
 
@@ -48,6 +54,8 @@ def _vllm(shape: ModelShape, config: configs.Config) -> Fit:
     form = str(config.get("model_type"))
     if form == configs.OWN_MODEL_TYPE:
         return Fit("vLLM", False, _own_form(shape))
+    if shape.family in _NOT_IN_VLLM:
+        return Fit("vLLM", False, f"it has no {shape.family}")
     if form == "seed_oss" and set(shape.biases) != {"q", "k", "v"}:
         return Fit("vLLM", False, f"its seed_oss has biases on q, k, v only, this model on {', '.join(shape.biases)}")
     attends = any(block.kv_heads for block in shape.blocks)

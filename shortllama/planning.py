@@ -5,7 +5,7 @@ Without scores the plan is blind: the right shape, with an arbitrary choice of u
 
 from __future__ import annotations
 
-from shortllama import depth, methods, request, width, width_rules
+from shortllama import configs, depth, methods, request, width, width_rules
 from shortllama.depth import goal_for
 from shortllama.plans import BlockKeep, Plan, Provenance, Target, make_plan, shape_after, shape_of
 from shortllama.removals import Unit
@@ -41,15 +41,18 @@ def make_plan_for(
     is then that of the blocks' parameters, and the nearest number of modules goes. `iterative` plans take scores that
     were made anew after each removal (`Scores.order`). `variant` chooses among a width method's published variants.
     `seed` is only recorded.
-    Raises InputError for a target out of range or scores of another criterion or model.
+    Raises InputError for a target out of range or scores of another criterion or model, UnsupportedError for widths
+    that no model of the family can have.
     """
     asked = _asked(method, shape, target, scores, protect, align, at_most, unit, iterative, variant)
+    keep = _keep(asked)
+    configs.check_heads(shape_after(shape, keep))
     return make_plan(
         model=model,
         shape=shape,
         method=asked.method.name + request.variant(asked),
         target=target,
-        keep=_keep(asked),
+        keep=keep,
         blind=scores is None,
         compensation=asked.compensation,
         provenance=_provenance(scores, seed),
@@ -75,7 +78,9 @@ def outlook(
     asked = _asked(method, shape, target, None, protect, align, at_most, unit, iterative, variant)
     if asked.method.unit == "width" and width_rules.adapts(asked):
         return None
-    return shape_after(shape, _keep(asked))
+    after = shape_after(shape, _keep(asked))
+    configs.check_heads(after)
+    return after
 
 
 def _asked(

@@ -72,6 +72,14 @@ def test_families_without_gguf_form(family: str):
     assert f"this is a {family} model" in found[2].why
 
 
+def test_rwkv_is_for_transformers_without_its_cache():
+    config = {"model_type": "rwkv", "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3}
+    found = engines.fits(configs.shape_of(config), config)
+    assert [fit.can for fit in found] == [True, False, False]
+    assert "use_cache=False" in found[0].why
+    assert found[1].why == "it has no rwkv"
+
+
 @settings(max_examples=60)
 @given(shapes())
 def test_transformers_takes_a_shape_exactly_where_a_stock_config_exists(shape: ModelShape):

@@ -23,6 +23,7 @@ from shortllama import (
     configs,
     families,
     layout,
+    planning,
     sampling,
     scoring,
     sources,
@@ -30,7 +31,8 @@ from shortllama import (
     verification,
 )
 from shortllama.errors import InputError, PlanError, ShortllamaError, UnsupportedError
-from shortllama.plans import BlockKeep, Plan, shape_after
+from shortllama.plans import BlockKeep, Plan, Target, shape_after
+from shortllama.variants import Variant
 
 SIZES = {
     "vocab_size": 97,
@@ -416,6 +418,41 @@ def test_phi3_has_one_number_of_heads(tmp_path: Path):
     with pytest.raises(UnsupportedError, match="one number of heads"):
         surgery.apply(plan, checkpoint.load(tmp_path / "dense")[0])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "refused"),
+    [
+        ("wanda-sp", {"protect": (1, 1)}, True),
+        ("wanda-sp", {}, False),
+        ("llm-pruner", {"protect": (1, 1)}, True),
+        ("llm-pruner", {"protect": (0, 0)}, False),
+        ("flap", {"variant": Variant(structure="UL-UM")}, False),
+    ],
+)
+def test_heads_that_phi3_cannot_have_are_refused_with_the_plan(method: str, how: dict[str, Any], refused: bool):
+    """And, where the shape is known beforehand, before anything is scored."""
+    shape = configs.shape_of(CASES["phi3"].config())
+    target = Target("ratio", 0.3)
+    if refused:
+        says = "leaves 6, 8; keep as many heads in every block"
+        with pytest.raises(UnsupportedError, match=says):
+            planning.outlook(method, shape=shape, target=target, **how)
+        with pytest.raises(UnsupportedError, match=says):
+            planning.make_plan_for(method, model="m", shape=shape, target=target, **how)
+        return
+    planning.outlook(method, shape=shape, target=target, **how)
+    model = surgery.build(shape, std=0.2)
+    plan = api.plan(model, method=method, ratio=0.3, calibration=calibrated(), **how)
+    (heads,) = {block.query_heads for block in shape_after(shape, plan.keep).blocks}
+    assert heads < 8
+
+
+def test_widths_that_flap_allots_apart_are_refused_where_phi3_cannot_have_them():
+    model = surgery.build(configs.shape_of(CASES["phi3"].config()), std=0.2)
+    model.model.layers[1].self_attn.o_proj.weight.data *= 9
+    with pytest.raises(UnsupportedError, match="one number of heads for all blocks"):
+        api.plan(model, method="flap", ratio=0.3, calibration=calibrated())
 
 
 def test_old_files_of_gpt_neox_are_read(tmp_path: Path):
