@@ -12,7 +12,7 @@ OLDEST_TESTS := test_shape test_configs test_surgery test_families test_checkpoi
 	test_criteria test_perplexity
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup report test test-oldest lint bench clean
+.PHONY: setup report test test-oldest lint bench gate-study clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,11 @@ lint: setup
 
 bench: setup
 	cd $(ROOT) && $(BIN)/python -m pytest --benchmark-only tests/perf
+
+# The regression gate itself: simulated in minutes, then hours of real sessions, which want the machine for themselves.
+# Goes on where it was stopped (make gate-study OPTIONS="--out reports/gate-study_...").
+gate-study: setup
+	cd $(ROOT) && $(BIN)/python -m bench.gate_study $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info

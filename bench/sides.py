@@ -108,8 +108,6 @@ def _tree(path: Path) -> Side:
     state = _git(path, "status", "--porcelain") if commit else None
     changed = None if state is None else len(state.splitlines())
     what = "a source tree outside git" if commit is None else f"the working tree at {commit}"
-    if changed:
-        what += f" with {changed} changed file{'s' * (changed != 1)}"
     return Side(what, tree=path, digest=digest.hexdigest()[:16], changed=changed)
 
 
@@ -123,15 +121,19 @@ def notes(base: Side, head: Side) -> tuple[str, ...]:
         return (f"base is {base.what}, head is {head.what}: cells are paired by all but their subject",)
     found = [f"base is {base.what}, head is {head.what}"]
     found += [
-        f"dirty worktree: {name} is measured with {side.changed} changes that are in no commit"
+        f"dirty worktree: {name} is measured with {_files(side.changed)} that no commit holds"
         for name, side in (("base", base), ("head", head))
         if side.changed
     ]
     repository = base.repository or head.repository
     state = _git(repository, "status", "--porcelain", "--untracked-files=no") if repository else None
     if state and not (base.tree or head.tree):
-        found.append(f"dirty worktree: {len(state.splitlines())} changed files of the repository are in neither side")
+        found.append(f"dirty worktree: {_files(len(state.splitlines()))} of the repository in neither side")
     return (*found, *_pins(base, head))
+
+
+def _files(count: int) -> str:
+    return f"{count} changed file{'s' * (count != 1)}"
 
 
 def _pins(base: Side, head: Side) -> tuple[str, ...]:

@@ -351,7 +351,7 @@ def test_two_revisions_run_by_their_own_code(repository: Path, tmp_path: Path, r
     latency = [one["decision"] for one in found["changes"] if one["metric"] == "latency"]
     assert [one["ratio"] for one in latency] == [pytest.approx(1.15, rel=1e-4)] * 4
     assert "base is v1 (" in found["notes"][0]
-    assert found["notes"][1] == "dirty worktree: 1 changed files of the repository are in neither side"
+    assert found["notes"][1] == "dirty worktree: 1 changed file of the repository in neither side"
     assert found["notes"][2].endswith("although constraints.txt differs: pytest 9.2.0 -> 9.3.0")
     assert worktrees(repository) == 1
     again = run_command("compare", tmp_path / "run" / "base", tmp_path / "run" / "head", "--json")
@@ -376,7 +376,7 @@ def test_a_dirty_working_tree_is_named(repository: Path, tmp_path: Path, run_com
     (repository / "new.py").unlink()
     assert done.returncode == 0, done.stderr
     assert "head is the working tree at" in done.stdout
-    assert "dirty worktree: head is measured with 1 changes that are in no commit" in done.stdout
+    assert "dirty worktree: head is measured with 1 changed file that no commit holds" in done.stdout
 
 
 def test_libraries_that_times_depend_on_must_be_pinned_alike(repository: Path, run_command: Callable) -> None:
