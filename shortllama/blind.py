@@ -36,7 +36,7 @@ _FLAP = re.compile(rf"flap:{_NUMBER}±{_NUMBER}x{_NUMBER}±{_NUMBER}")
 _METHOD = re.compile(r"([a-z][a-z0-9+-]*):(-?\d*\.?\d+(?:e-?\d+)?)")
 _RANGE = re.compile(r"(.*\bdepth:)(\d+)\.\.(\d+)")
 
-GRAMMAR = "depth:26, width:24x8256@4-30, flap:26.9±7.5x8577±2078 or METHOD:RATIO"
+GRAMMAR = "depth:26, width:24x8256@4-30, width:24:8x8256, flap:26.9±7.5x8577±2078 or METHOD:RATIO"
 
 
 def parse(text: str, *, model: str, shape: ModelShape, seed: int = 0) -> Plan:
