@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -395,6 +397,19 @@ def test_where_to_compute_is_decided_in_one_place(run, folder: Path, ids: str, m
     dtypes = {"cpu": "float32", "cuda": None, "cuda:1": None}
     wanted = [chosen, "cpu", *(["cuda:1"] if cuda else [])] * 4
     assert asked == [(device, dtypes[device]) for device in wanted]
+
+
+def test_plan_and_prune_take_every_option_of_score():
+    group: Any = typer.main.get_command(app)
+    options = {
+        name: {option: (one.default, one.help) for one in command.params for option in one.opts}
+        for name, command in group.commands.items()
+    }
+    own = {"--criterion", "--out", "--resume"}
+    for option in options["score"].keys() - own:
+        assert options["score"][option] == options["plan"][option] == options["prune"][option], option
+    for option in options["plan"].keys() - own:
+        assert options["plan"][option] == options["prune"][option], option
 
 
 # -- how figures are written ------------------------------------------------------------------------------------------
