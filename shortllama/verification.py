@@ -21,11 +21,12 @@ import msgspec
 from shortllama import checkpoint, configs, engines, files, sources, stock_reload
 from shortllama.compensation import OUTPUTS
 from shortllama.digests import digest_of
-from shortllama.errors import InputError
+from shortllama.errors import InputError, VerificationError
 from shortllama.exporting import MARK as EXPORT_MARK
 from shortllama.exporting import Export
 from shortllama.families import Adapter, adapter
 from shortllama.plans import BlockKeep, Plan, check_base, kept_neurons, kept_queries, read_plan, shape_of
+from shortllama.retraining.record import FILE as RETRAINING
 from shortllama.shape import BlockShape, ModelShape
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ NEW_TOKENS = 16
 # Largest difference of two logits, as a share of the largest logit. float32 sums in another order differ by some 1e-6
 # after 32 blocks; a wrong head or neuron shows in the first digits.
 TOLERANCE = 1e-4
+
+# The same where weights and activations have 16 bits; a cache that is read wrongly shows in the first digit.
+COARSE_TOLERANCE = 5e-2
+
+# A run that is short, but reads what a step wrote to the cache.
+FEW_PROMPT_TOKENS, FEW_NEW_TOKENS = 6, 3
+
+_UNCACHED = "what it generates with a cache is wrong: set use_cache to false in config.json"
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -86,12 +95,15 @@ def verify(folder: str | Path, against: str | Path | None = None, *, device: str
     checks = [*_recorded(folder, source.shape)]
     prompt = random.Random(0).choices(range(source.shape.vocabulary), k=PROMPT_TOKENS)
     own = _own_outputs(folder, prompt, device)
+    decoded = own
     stock = source.config.get("model_type") != configs.OWN_MODEL_TYPE
     loaded_as = None
     if stock:
         seen = _stock_outputs(folder, prompt, own["attention"])
         loaded_as = seen.get("class")
+        decoded = seen if loaded_as else own
         checks.append(_compare("stock transformers in a fresh process", own, seen))
+    checks.append(_cache_check(decoded["cache"]))
     if against is not None and plan is not None:
         base = sources.from_folder(str(against), against) if isinstance(against, Path) else sources.locate(against)
         check_base(plan, base.shape)
@@ -113,6 +125,10 @@ def _plan_for(folder: Path, against: str | Path | None) -> Plan | None:
         return None
     if not (folder / checkpoint.MARK).is_file():
         raise InputError(f"{folder}: no {checkpoint.MARK}, so there is nothing to compare with {against}")
+    if (folder / RETRAINING).is_file():
+        raise InputError(
+            f"{folder}: was retrained ({RETRAINING}), so its outputs are no longer those of {against}; verify it alone"
+        )
     return read_plan(folder)
 
 
@@ -191,6 +207,29 @@ def _compare(name: str, own: dict[str, Any], other: dict[str, Any]) -> Check:
     agreement = "equal" if tokens else "differ"
     seen = f"largest logit difference {difference:.1e} of the largest logit, greedy tokens {agreement}"
     return Check(name, tokens and difference <= TOLERANCE, seen)
+
+
+def _cache_check(seen: dict[str, Any], limit: float = TOLERANCE) -> Check:
+    """Compare decoding with a cache, where the config asks for one, with decoding without."""
+    name, difference = "decoding with a cache", seen["difference"]
+    if seen["error"] is not None:
+        return Check(name, False, f"fails ({seen['error']}); {_UNCACHED}")
+    if difference is None:
+        return Check(name, True, "not used: use_cache is false in the config")
+    text = f"largest logit difference {difference:.1e} of the largest logit from decoding without"
+    return Check(name, difference <= limit, text if difference <= limit else f"{text}; {_UNCACHED}")
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """Raise VerificationError where a model, as loaded, decodes otherwise with its cache than without.
+
+    Two sequences of a few tokens: as much work as some five steps of decoding.
+    """
+    prompt = random.Random(0).choices(range(model.config.vocab_size), k=FEW_PROMPT_TOKENS)
+    seen = stock_reload.cached_decoding(model, prompt, FEW_NEW_TOKENS)
+    check = _cache_check(seen, TOLERANCE if model.dtype.itemsize > 2 else COARSE_TOLERANCE)
+    if not check.passed:
+        raise VerificationError(f"{type(model).__name__}: {check.name}: {check.seen}")
 
 
 def relative_difference(left: list[list[float]], right: list[list[float]]) -> float:
