@@ -1,61 +1,47 @@
-"""Perplexity of a model on text, with its protocol: window, stride, BOS policy, layout and token count.
+"""Perplexity of a model on prepared windows, with its protocol, and how far its predictions are from another model's.
 
-The default is the papers' protocol (128-token windows of one stream that begins with one BOS, not overlapping, the
-tail dropped; the first token of a window is never predicted), which gives larger values than the usual 2048-token
-windows: a difference of context length, not a defect. NLLs are summed in float64 from float32 log-probabilities.
+Log-probabilities are taken in float32 at least, whatever the weights are, and summed in float64. Logits are worked
+through a few rows at a time: beside what the model itself makes, memory grows with neither batch nor vocabulary.
 
-`prepare` turns a source into windows once, so that several subjects meet exactly the same tokens; `measure` runs them.
-
-Legend: B batch, T tokens.
+Legend: B batch, T tokens, N rows (predictions), V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from shortllama import calibration, texts
 from shortllama.errors import InputError
-from shortllama.evaluation.results import Perplexity
-from shortllama.stack import quiet, token_nll
+from shortllama.evaluation.protocol import Protocol
+from shortllama.evaluation.results import Divergence, Perplexity
+from shortllama.evaluation.windows import Digest, Text, Window, prepare
 
-Bos = Literal["stream", "window", "none"]
-Layout = Literal["stream", "documents"]
+Progress = Callable[[int, int], None]
 
-DEFAULT_WINDOW = 128
-SELF_SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class Window:
-    """Token ids (T,) run in one piece; the last `fresh` of them count as predicted, except one at the very start."""
-
-    ids: np.ndarray
-    fresh: int
-
-    @property
-    def first(self) -> int:
-        """Index of the first predicted token."""
-        return max(1, len(self.ids) - self.fresh)
+# Windows run together, at most.
+ROWS = 16
+# Logits turned into log-probabilities together: 4 MiB in float32, which stay in a cache.
+LOGITS = 1 << 20
+IGNORED = -100
+MOST = 700.0  # e^700 is near the largest float
 
 
-@dataclass(frozen=True)
-class Text:
-    """Windows ready to run, under a name, with the protocol that cut them (see `Perplexity` for the fields)."""
+class Beside(NamedTuple):
+    """Another model with the same vocabulary, by name: what predictions are compared with."""
 
     name: str
-    windows: tuple[Window, ...]
-    window: int | None
-    stride: int | None
-    bos: Literal["stream", "window", "none", "given"]
-    layout: Layout
-    split: str | None = None
+    model: Any
 
 
 def evaluate(
@@ -63,160 +49,193 @@ def evaluate(
     tokenizer: Any,
     src: str,
     *,
-    window: int = DEFAULT_WINDOW,
-    stride: int | None = None,
-    bos: Bos | None = None,
-    layout: Layout = "stream",
+    protocol: Protocol | None = None,
     limit: int | None = None,
     batch: int | None = None,
     dense: Any = None,
     seed: int = 0,
     data_dir: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Return the perplexity of a causal language model on `src`, with its protocol: `prepare`, then `measure`.
 
     `self` text is sampled from `dense`, by default from `model` itself.
     """
-    text = prepare(
-        src,
-        tokenizer=tokenizer,
-        dense=model if dense is None else dense,
-        window=window,
-        stride=stride,
-        bos=bos,
-        layout=layout,
-        limit=limit,
-        seed=seed,
-        data_dir=data_dir,
-    )
+    source = model if dense is None else dense
+    text = prepare(src, tokenizer=tokenizer, dense=source, protocol=protocol, limit=limit, seed=seed, data_dir=data_dir)
     return measure(model, text, batch=batch, progress=progress)
 
 
-def prepare(
-    src: str,
-    *,
-    tokenizer: Any = None,
-    dense: Any = None,
-    window: int = DEFAULT_WINDOW,
-    stride: int | None = None,
-    bos: Bos | None = None,
-    layout: Layout = "stream",
-    limit: int | None = None,
-    seed: int = 0,
-    data_dir: Path | None = None,
-) -> Text:
-    """Return `src` (a text or JSONL file, short name, `ids:FILE.jsonl` or `self`) as windows.
-
-    `window` tokens each, `stride` (default: `window`) tokens from one to the next; with a smaller stride only tokens
-    not yet predicted count, so that each is predicted once, with more context. `bos`: "stream" begins each text with
-    one, "window" puts one before every window (which then predicts its first token too), "none"; by default "stream"
-    where the tokenizer has a BOS. `layout`: "stream" joins documents by a blank line and cuts full windows; "documents"
-    takes the first `window` tokens (a "stream" BOS included) of each. `limit` is the most windows taken. `ids:` lines
-    are taken whole as given; `self` is `limit` (default 64) sequences of `window` tokens sampled from `dense`.
-
-    Raises InputError for a bad source or protocol, and for text that gives no window.
-    """
-    step = window if stride is None else stride
-    _check_protocol(window, step, layout, limit)
-    if src == calibration.SELF:
-        drawn = calibration.load(
-            src, tokenizer=tokenizer, model=dense, samples=limit or SELF_SAMPLES, length=window, seed=seed
-        )
-        return _given(src, drawn.sequences)
-    if src.startswith(texts.IDS):
-        path = Path(src.removeprefix(texts.IDS))
-        return _given(f"{texts.IDS}{path.name}", [np.asarray(ids) for ids in texts.read_ids(path)[:limit]])
-    documents = texts.read_documents(src, data_dir)
-    marker = calibration.bos_id(tokenizer)
-    policy: Bos = bos or ("none" if marker is None else "stream")
-    if policy != "none" and marker is None:
-        raise InputError(f"{documents.name}: BOS policy {policy!r}, but this tokenizer has no BOS token; use 'none'")
-    prefix = [] if marker is None else [marker]
-    tokenize = calibration.tokenize_with(tokenizer, documents.name)
-    streams = ["\n\n".join(documents.texts)] if layout == "stream" else documents.texts[:limit]
-    ids = [np.array([*(prefix if policy == "stream" else []), *tokenize(stream)]) for stream in streams]
-    windows = list(cut(ids[0], window, step)) if layout == "stream" else [Window(one[:window], window) for one in ids]
-    if policy == "window":
-        windows = [Window(np.array([*prefix, *one.ids]), one.fresh) for one in windows]
-    windows = [one for one in windows if one.first < len(one.ids)][:limit]
-    if not windows:
-        raise InputError(
-            f"{documents.name}: {sum(map(len, ids))} tokens give no window of {window}; give more text or a shorter one"
-        )
-    return Text(documents.name, tuple(windows), window, step, policy, layout, documents.split)
-
-
-def cut(ids: np.ndarray, window: int, stride: int) -> Iterator[Window]:
-    """Yield the full windows of a stream from its start; the tail that fills none is dropped."""
-    for start in range(0, len(ids) - window + 1, stride):
-        yield Window(ids[start : start + window], stride if start else window)
-
-
-def measure(
-    model: Any, text: Text, *, batch: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> Perplexity:
+def measure(model: Any, text: Text, *, batch: int | None = None, progress: Progress | None = None) -> Perplexity:
     """Return the perplexity of `model` on prepared windows: exp(sum of NLL / predicted tokens).
 
     `batch` windows run together (default: as many as a bound on the logits' memory allows, at most 16); it changes
     nothing beyond rounding: shorter windows are padded on the right, which causal attention never sees.
     Raises InputError for ids outside the model's vocabulary and for a mean NLL that is not finite.
     """
+    return _run(model, None, text, batch, progress)[0]
+
+
+def compare(
+    model: Any, beside: Beside, text: Text, *, batch: int | None = None, progress: Progress | None = None
+) -> tuple[Perplexity, Perplexity]:
+    """Return the perplexity of `model`, with its divergence from the model beside, and that of the latter: one pass.
+
+    Raises InputError as `measure` does, and for vocabularies of different size.
+    """
+    sizes = [one.get_input_embeddings().num_embeddings for one in (model, beside.model)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{beside.name} has a vocabulary of {sizes[1]}, the model one of {sizes[0]}; "
+            "predictions compare only between models with one tokenizer"
+        )
+    ours, theirs = _run(model, beside, text, batch, progress)
+    assert theirs is not None
+    return ours, theirs
+
+
+@dataclass
+class _Sums:
+    """What has been added up so far, on the model's device, in float64."""
+
+    nll: Any = 0.0
+    other_nll: Any = 0.0
+    kl: Any = 0.0
+    same: Any = 0
+    predicted_3: np.ndarray = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
+    windows: int = 0
+    digest: Digest = field(default_factory=Digest)
+
+
+def _run(
+    model: Any, beside: Beside | None, text: Text, batch: int | None, progress: Progress | None
+) -> tuple[Perplexity, Perplexity | None]:
     vocabulary = model.get_input_embeddings().num_embeddings
-    texts.check_vocabulary((window.ids.tolist() for window in text.windows), vocabulary, text.name)
-    longest = max(len(window.ids) for window in text.windows)
-    rows = batch or min(16, calibration.rows_within(longest, vocabulary))
-    total, tokens = 0.0, 0
-    with quiet(model), torch.no_grad():
-        for start in range(0, len(text.windows), rows):
-            part = text.windows[start : start + rows]
-            total += _summed_nll(model, part)
-            tokens += sum(len(window.ids) - window.first for window in part)
+    sums = _Sums()
+    with _evaluating(model, *([] if beside is None else [beside.model])), torch.no_grad():
+        for part in _batches(text.windows(), vocabulary if beside is None else 2 * vocabulary, batch):
+            if any(one.ids.max() >= vocabulary for one in part):
+                earlier = repeat((0,), sums.windows)  # so that the sequence is named by its number
+                texts.check_vocabulary(chain(earlier, (one.ids for one in part)), vocabulary, text.name)
+            _add(sums, part, model, None if beside is None else beside.model)
             if progress is not None:
-                progress(start + len(part), len(text.windows))
-    nll = total / tokens
+                progress(sums.windows, text.expected(sums.windows))
+    if progress is not None and text.expected(sums.windows) != sums.windows:
+        progress(sums.windows, sums.windows)
+    tokens = int(sums.predicted_3[0])
+    ours = _result(float(sums.nll) / tokens, sums, text)
+    if beside is None:
+        return ours, None
+    divergence = Divergence(beside.name, float(sums.kl) / tokens, int(sums.same) / tokens)
+    if not math.isfinite(divergence.kl):
+        raise InputError(f"{text.name}: the KL divergence from {beside.name} is {divergence.kl}; check the weights")
+    return _result(ours.nll, sums, text, divergence), _result(float(sums.other_nll) / tokens, sums, text)
+
+
+@contextmanager
+def _evaluating(*models: Any) -> Generator[None]:
+    """Put the models in eval mode, and every module back in its own afterwards."""
+    training = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _batches(windows: Iterator[Window], vocabulary: int, batch: int | None) -> Iterator[list[Window]]:
+    """Yield the windows in order, as many together as the bound on their logits allows when padded."""
+    held: list[Window] = []
+    longest = 0
+    for window in windows:
+        reach = max(longest, len(window.rows_T3))
+        if held and len(held) >= (batch or min(ROWS, calibration.rows_within(reach, vocabulary))):
+            yield held
+            held, reach = [], len(window.rows_T3)
+        held.append(window)
+        longest = reach
+    if held:
+        yield held
+
+
+def _add(sums: _Sums, windows: Sequence[Window], model: Any, other: Any) -> None:
+    """Run the windows and add what they give."""
+    length = max(len(window.rows_T3) for window in windows)
+    ids_BT = np.zeros((len(windows), length), dtype=np.int64)
+    # What each position predicts: the token after it, where that counts.
+    targets_BT = np.full((len(windows), length), IGNORED, dtype=np.int64)
+    for row, window in enumerate(windows):
+        size = len(window.rows_T3)
+        ids_BT[row, :size] = window.ids
+        targets_BT[row, window.first - 1 : size - 1] = window.ids[window.first :]
+        sums.predicted_3 += window.predicted
+        sums.digest.add(window.ids)
+    sums.windows += len(windows)
+    logits_NV, targets_N = _logits(model, ids_BT), torch.from_numpy(targets_BT.reshape(-1))
+    if other is None:
+        _add_nll(sums, logits_NV, targets_N.to(logits_NV.device))
+    else:
+        _add_divergence(sums, logits_NV, _logits(other, ids_BT).to(logits_NV.device), targets_N.to(logits_NV.device))
+
+
+def _logits(model: Any, ids_BT: np.ndarray) -> Tensor:
+    ids = torch.from_numpy(ids_BT).to(model.get_input_embeddings().weight.device)
+    return model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+
+
+def _slices(logits_NV: Tensor) -> Iterator[slice]:
+    rows = max(1, LOGITS // logits_NV.shape[1])
+    for start in range(0, len(logits_NV), rows):
+        yield slice(start, start + rows)
+
+
+def _wide(logits_NV: Tensor) -> Tensor:
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+
+def _add_nll(sums: _Sums, logits_NV: Tensor, targets_N: Tensor) -> None:
+    for part in _slices(logits_NV):
+        nll_N = functional.cross_entropy(
+            _wide(logits_NV[part]), targets_N[part], ignore_index=IGNORED, reduction="none"
+        )
+        sums.nll += nll_N.sum(dtype=torch.float64)
+
+
+def _add_divergence(sums: _Sums, logits_NV: Tensor, other_NV: Tensor, targets_N: Tensor) -> None:
+    """KL(other || model) = sum over the vocabulary of p (log p - log q); a token that `other` excludes adds nothing."""
+    for part in _slices(logits_NV):
+        counted = targets_N[part] != IGNORED
+        q_NV, p_NV = (torch.log_softmax(_wide(one[part][counted]), dim=-1) for one in (logits_NV, other_NV))
+        targets_N1 = targets_N[part][counted][:, None]
+        sums.nll -= q_NV.gather(1, targets_N1).sum(dtype=torch.float64)
+        sums.other_nll -= p_NV.gather(1, targets_N1).sum(dtype=torch.float64)
+        kl_NV = torch.where(p_NV == -torch.inf, 0.0, p_NV.exp() * (p_NV - q_NV))
+        sums.kl += kl_NV.sum(dtype=torch.float64)
+        sums.same += (q_NV.argmax(dim=-1) == p_NV.argmax(dim=-1)).sum()
+
+
+def _result(nll: float, sums: _Sums, text: Text, divergence: Divergence | None = None) -> Perplexity:
+    """Return the figures of a mean NLL. Raises InputError where it is not finite."""
     if not math.isfinite(nll):
         raise InputError(f"{text.name}: the mean NLL is {nll}; check the weights, or evaluate in float32")
+    tokens, size, words = map(int, sums.predicted_3)
+    counted = text.counted and size > 0 and words > 0
     return Perplexity(
-        perplexity=math.exp(min(nll, 700.0)),  # e^700 is near the largest float; the exact mean stands beside it
+        perplexity=math.exp(min(nll, MOST)),  # the exact mean stands beside it
         nll=nll,
         tokens=tokens,
-        sequences=len(text.windows),
+        sequences=sums.windows,
         window=text.window,
         stride=text.stride,
         bos=text.bos,
         layout=text.layout,
-        digest=calibration.digest([window.ids for window in text.windows]),
+        digest=str(sums.digest),
         split=text.split,
+        bytes=size if counted else None,
+        words=words if counted else None,
+        bits_per_byte=nll * tokens / size / math.log(2) if counted else None,
+        word_perplexity=math.exp(min(nll * tokens / words, MOST)) if counted else None,
+        divergence=divergence,
     )
-
-
-def _summed_nll(model: Any, windows: Sequence[Window]) -> float:
-    """Return the summed NLL of the windows' predicted tokens, in nats."""
-    length = max(len(window.ids) for window in windows)
-    padded_BT = np.zeros((len(windows), length), dtype=np.int64)
-    counts_BT = np.zeros((len(windows), length), dtype=bool)
-    for row, window in enumerate(windows):
-        padded_BT[row, : len(window.ids)] = window.ids
-        counts_BT[row, window.first : len(window.ids)] = True
-    ids_BT = torch.from_numpy(padded_BT).to(model.get_input_embeddings().weight.device)
-    nll_BT = token_nll(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-    return nll_BT[torch.from_numpy(counts_BT[:, 1:]).to(nll_BT.device)].sum(dtype=torch.float64).item()
-
-
-def _given(name: str, sequences: Sequence[np.ndarray]) -> Text:
-    windows = tuple(Window(np.asarray(ids, dtype=np.int64), len(ids)) for ids in sequences)
-    return Text(name, windows, window=None, stride=None, bos="given", layout="documents")
-
-
-def _check_protocol(window: int, stride: int, layout: Layout, limit: int | None) -> None:
-    if window < 2:
-        raise InputError(f"window of {window} tokens; at least 2 are needed to predict one")
-    if not 1 <= stride <= window:
-        raise InputError(
-            f"stride {stride} with window {window}; it must be between 1 and the window, or tokens are lost"
-        )
-    if layout == "documents" and stride != window:
-        raise InputError(f"stride {stride}: documents are evaluated one window each; leave the stride out")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit of {limit} windows; give at least 1")

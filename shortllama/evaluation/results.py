@@ -3,7 +3,7 @@
 Plain values, no torch, so that a report reads it without loading a model. A figure without its window, stride, BOS
 policy and token count cannot be compared with anything, so they are one value here.
 
-Schema history: shortllama.eval/1: first.
+Schema history: shortllama.eval/1: first; fields with defaults were added to it, and files without them still load.
 """
 
 from __future__ import annotations
@@ -20,6 +20,18 @@ from shortllama.errors import InputError
 SCHEMA = "shortllama.eval/1"
 
 
+class Divergence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a model's predictions are from those of the model `against`, over the same predicted tokens.
+
+    `kl` is the mean of KL(against || model) in nats a token, `agreement` the share of tokens for which both hold the
+    same token most likely.
+    """
+
+    against: str
+    kl: float
+    agreement: float
+
+
 class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One perplexity and how it was measured.
 
@@ -28,6 +40,10 @@ class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `bos`: "stream" (once before each text), "window" (before each window), "none", or "given" (ids as they are).
     `layout`: "stream" (documents joined by a blank line, cut into full windows) or "documents" (the start of each).
     `digest` identifies the token ids that were evaluated, `sequences` counts windows.
+
+    Perplexities of different tokenizers do not compare. `bits_per_byte` and `word_perplexity` do: the same total NLL
+    over the `bytes` (UTF-8) that the predicted tokens cover, and over the `words` (split at white space) that begin in
+    them. All four are null for ids, and for tokenizers that do not tell what a token covers.
     """
 
     perplexity: float
@@ -40,6 +56,11 @@ class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: Literal["stream", "documents"]
     digest: str
     split: str | None = None
+    bytes: int | None = None
+    words: int | None = None
+    bits_per_byte: float | None = None
+    word_perplexity: float | None = None
+    divergence: Divergence | None = None
 
     @property
     def protocol(self) -> str:
@@ -52,10 +73,60 @@ class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
+class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One zero-shot task: `value` by `metric`, the one that the paper reports for it (share of items, 0 to 1).
+
+    `standard_error` is that of the mean over items. `metrics` holds everything that the harness computed. `items`
+    were evaluated, of the `published` number; `limit` cuts after that many. `origin` is "hub" (the harness's own task)
+    or the name of a local file, whose items `digest` identifies; `version` is that of the task's definition there.
+    """
+
+    metric: str
+    value: float
+    items: int
+    published: int
+    version: str
+    origin: str
+    metrics: dict[str, float]
+    standard_error: float | None = None
+    digest: str | None = None
+
+    @property
+    def protocol(self) -> str:
+        """How it was measured, in one line."""
+        share = f"{self.items} items" if self.items == self.published else f"{self.items} of {self.published} items"
+        return f"0-shot, {self.metric}, {share}, {self.origin}, version {self.version}"
+
+
+class ZeroShot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tasks by name, and the harness that ran them. `mean` is the plain mean over those of the paper's seven."""
+
+    tasks: dict[str, Accuracy]
+    harness: str
+    mean: float | None = None
+    limit: int | None = None
+
+
+class Generation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model wrote after `prompt`: greedily (`temperature` 0), or drawn from its whole distribution with `seed`.
+
+    `tokens` were generated; `text` ends where the model ended the text, if it did (`ended`).
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    temperature: float
+    ended: bool
+    seed: int | None = None
+
+
 class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that was evaluated on one subject; perplexities by source name as given by the user."""
+    """All that was evaluated on one subject; perplexities by source as given by the user, protocol included."""
 
     perplexity: dict[str, Perplexity] = {}
+    zero_shot: ZeroShot | None = None
+    generations: tuple[Generation, ...] = ()
 
 
 class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
