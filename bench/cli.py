@@ -10,6 +10,7 @@ import typer
 
 from bench.ab import ab
 from bench.compare import compare
+from bench.oom import oom
 from bench.sweep import sweep
 from shortllama import cli as core
 from shortllama import console
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(core.app)
 app.command(epilog="Example: shortllama sweep quick --out runs/mine")(sweep)
+app.command(epilog="Example: shortllama oom quick --budget 64MiB --out runs/ends")(oom)
 
 
 @app.command(epilog="Example: shortllama report runs/mine --out reports/mine")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from bench import budget, devices, noise
+from bench import budget, devices, noise, nvml
 from bench.devices import Device
 from bench.measurement import Environment, environment
 from shortllama.errors import InputError
@@ -70,13 +70,13 @@ def machine(name: str | None) -> Machine:
     Raises InputError for a name that is none of these, and where there is no such CUDA device.
     """
     if name is None:
-        found = _cuda_devices()
+        found = nvml.devices()
         return _cuda(0, found) if found and _torch_has_cuda() else machine("cpu")
     if name == "cpu":
         return Machine("cpu", "cpu", cpu_name(), devices.lookup("cpu"))
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match:
-        return _cuda(int(match.group(1) or 0), _cuda_devices())
+        return _cuda(int(match.group(1) or 0), nvml.devices())
     device = devices.lookup(name)
     return Machine("simulated", device.short, device.name, device)
 
@@ -96,59 +96,6 @@ def _cuda(index: int, found: list[dict[str, Any]]) -> Machine:
 
 def _torch_has_cuda() -> bool:
     return "+cpu" not in _version("torch")
-
-
-def _cuda_devices() -> list[dict[str, Any]]:
-    """What NVML says of the devices that CUDA would show, in CUDA's order (by bus id); empty without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles = [_handle(pynvml, one) for one in _visible(pynvml.nvmlDeviceGetCount())]
-        return [_describe(pynvml, handle) for handle in handles]
-    except pynvml.NVMLError:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _visible(count: int) -> list[str]:
-    """Indices or UUIDs that CUDA_VISIBLE_DEVICES lets through: NVML itself takes no notice of it."""
-    text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return [str(index) for index in range(count)]
-    shown: list[str] = []
-    for one in (part.strip() for part in text.split(",")):
-        if not one or (one.lstrip("-").isdigit() and not 0 <= int(one) < count):
-            break  # CUDA ignores everything from the first invalid entry on
-        shown.append(one)
-    return shown
-
-
-def _handle(nvml: Any, one: str) -> Any:
-    return nvml.nvmlDeviceGetHandleByIndex(int(one)) if one.isdigit() else nvml.nvmlDeviceGetHandleByUUID(one)
-
-
-def _describe(nvml: Any, handle: Any) -> dict[str, Any]:
-    def ask(question: str, *arguments: Any) -> Any:
-        try:
-            return getattr(nvml, question)(handle, *arguments)
-        except nvml.NVMLError:
-            return None
-
-    power = ask("nvmlDeviceGetEnforcedPowerLimit")
-    return {
-        "name": ask("nvmlDeviceGetName"),
-        "memory_bytes": nvml.nvmlDeviceGetMemoryInfo(handle).total,
-        "driver": nvml.nvmlSystemGetDriverVersion(),
-        "power_limit_w": None if power is None else power / 1e3,
-        "sm_clock_limit_mhz": ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
-        "memory_clock_limit_mhz": ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_MEM),
-        "mig": (ask("nvmlDeviceGetMigMode") or [None])[0],
-    }
 
 
 def cpu_name() -> str:
@@ -219,7 +166,7 @@ def measured(on: Machine, count: int) -> Environment:
         **{name: _version(name) for name in PACKAGES},
     }
     if on.kind == "cuda":
-        fingerprint |= {key: value for key, value in _cuda_devices()[on.index].items() if key != "name"}
+        fingerprint |= {key: value for key, value in nvml.devices()[on.index].items() if key != "name"}
     else:
         # In whole GiB: what the kernel keeps for itself differs by a little from boot to boot.
         fingerprint |= {"memory_gib": round(devices.host_memory_bytes() / (1 << 30)), "memory_pass": budget.METHOD}

@@ -164,7 +164,7 @@ class _Heard:
         return tuple(batch for batch in self.tried() if self.passes(batch) and self.failures(batch))
 
     def ends(self) -> tuple[int, int | None]:
-        """The largest batch that fits below the smallest that does not, and that one; 0 and None where there is none."""
+        """The largest batch that fits below the smallest that does not, and that one; 0 and None where none is."""
         high = min((batch for batch in self._by_batch if self.fits(batch) is False), default=None)
         below = [batch for batch in self._by_batch if self.fits(batch) and (high is None or batch < high)]
         return max(below, default=0), high

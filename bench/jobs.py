@@ -12,8 +12,9 @@ from bench.measurement import Graphs, Memory, Samples
 from bench.runtimes.protocol import Options, Session
 from bench.subjects import Subject
 
-# What a child does with each cell: `measure` its times, `probe` its peak memory, or `profile` a few of its steps.
-Purpose: TypeAlias = Literal["measure", "probe", "profile"]
+# What a child does with each cell: `measure` its times, `probe` its peak memory (`certify`: by a whole generation), or
+# `profile` a few of its steps.
+Purpose: TypeAlias = Literal["measure", "probe", "certify", "profile"]
 
 
 class Job(msgspec.Struct, frozen=True):

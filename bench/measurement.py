@@ -136,7 +136,12 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
 
 
 class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="frontier"):
-    """The largest batch of one group (`cell` has batch 0), with what was seen on both sides of it."""
+    """The largest batch of one group (`cell` has batch 0), with what was seen on both sides of it.
+
+    `confirmed`: searched to the batch, each side tried twice in fresh processes (else the batches of a sweep's grid);
+    `predicted`: by the memory model; `unsteady`: batches that fit in one trial and not in another; `peak_bytes`: at the
+    largest batch; `trial_s`: seconds of all trials' work, `start_s`: of process starts and loading, not in `trial_s`.
+    """
 
     cell: Cell
     environment: str
@@ -146,7 +151,15 @@ class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     fits: tuple[int, ...] = ()
     fails: tuple[int, ...] = ()
     non_monotone: bool = False
+    unsteady: tuple[int, ...] = ()
     trials: int = 0
+    confirmed: bool = False
+    predicted: int | None = None
+    limit_bytes: int | None = None
+    peak_bytes: int | None = None
+    trial_s: float | None = None
+    start_s: float | None = None
+    emulated: str | None = None
     reason: str | None = None
 
 

@@ -85,8 +85,8 @@ def emulated(cell: Cell, machine: Machine) -> str | None:
     if machine.kind == "cpu":
         return f"{cell.budget} emulated on {machine.name}: RLIMIT_DATA in the memory pass; timed without the limit"
     return (
-        f"{cell.budget} emulated on {machine.name}: the allocator's share of memory; context and cuBLAS workspaces "
-        "are not counted, kernels and bandwidth are this device's"
+        f"{cell.budget} emulated on {machine.name}: kernels and bandwidth are this device's; how the budget was kept "
+        "stands in memory.reasons"
     )
 
 

@@ -68,15 +68,15 @@ def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher) -> C
     or software that this is not.
     """
     file = store.file_of(folder)
-    known = store.read(file) if _has_rows(file) else None
+    before = known(file)
     wanted = {one.cell_id for one in plan.planned()}
-    done = {row.cell_id: row for row in known.measurements} if known else {}
-    environments = _environments(plan, settings)
-    _check_environments(known, environments.values())
-    frontiers = {row.cell for row in known.frontiers} if known else set[Cell]()
-    _serve(plan, settings)
+    done = {row.cell_id: row for row in before.measurements} if before else {}
+    found = environments(plan, settings)
+    check_environments(before, found.values())
+    frontiers = {row.cell for row in before.frontiers} if before else set[Cell]()
+    serve(plan, settings)
     with store.Writer(file) as writer:
-        sweep = _Sweep(settings, writer, environments, done, watcher)
+        sweep = _Sweep(settings, writer, found, done, watcher)
         for cell_id in wanted & done.keys():
             watcher.finished(done[cell_id])
         for group in plan.groups:
@@ -86,16 +86,17 @@ def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher) -> C
     return Counter(row.outcome for cell_id, row in done.items() if cell_id in wanted)
 
 
-def _has_rows(file: Path) -> bool:
-    """Whether a run holds whole rows: one that was killed before its first has none, and starts anew."""
+def known(file: Path) -> store.Results | None:
+    """Return the rows of a run, a torn last line cut off; None for one that was killed before its first, or is new."""
     if not file.exists():
-        return False
+        return None
     store.Writer(file).close()  # mends a torn last line
-    return b'"kind":"measurement"' in files.read_bytes(file)
+    data = files.read_bytes(file)
+    return store.read(file) if b'"kind":"measurement"' in data or b'"kind":"frontier"' in data else None
 
 
-def _environments(plan: Schedule, settings: Settings) -> dict[bool, Environment]:
-    """The environments of the plan's rows, by whether they are simulated."""
+def environments(plan: Schedule, settings: Settings) -> dict[bool, Environment]:
+    """Return the environments of the plan's rows, by whether they are simulated."""
     from bench.runtimes import roofline
 
     found: dict[bool, Environment] = {}
@@ -108,8 +109,11 @@ def _environments(plan: Schedule, settings: Settings) -> dict[bool, Environment]
     return found
 
 
-def _check_environments(known: store.Results | None, now: Iterable[Environment]) -> None:
-    """One run has one machine: rows of two could be told apart, but a table of both would mislead."""
+def check_environments(known: store.Results | None, now: Iterable[Environment]) -> None:
+    """Raise IncomparableError where a run's rows come from another machine or software than now.
+
+    One run has one machine: rows of two could be told apart, but a table of both would mislead.
+    """
     before = {bool(one.fingerprint.get("simulated")): one for one in known.environments.values()} if known else {}
     for one in now:
         old = before.get(bool(one.fingerprint["simulated"]))
@@ -119,7 +123,8 @@ def _check_environments(known: store.Results | None, now: Iterable[Environment])
             )
 
 
-def _serve(plan: Schedule, settings: Settings) -> None:
+def serve(plan: Schedule, settings: Settings) -> None:
+    """Start what children come from, with the modules that the plan's runtimes need."""
     measured = any(group.key.runtime not in runtimes.SIMULATED for group in plan.groups)
     modules = children.TORCH_MODULES if measured else children.TORCH_FREE_MODULES
     children.serve(modules, environment.child_variables(settings.threads))
@@ -130,6 +135,7 @@ def job(group: Group, cells: Iterable[Planned], settings: Settings, purpose: Pur
     suite, machine, key = settings.suite, settings.machine, group.key
     wanted, free = budget_bytes(key.budget), budget.available_bytes()
     simulated = key.runtime in runtimes.SIMULATED
+    limited = purpose in ("probe", "certify") and machine.kind == "cpu" and not simulated
     options = Options(
         dtype=key.dtype,
         attention=key.attention,
@@ -146,7 +152,7 @@ def job(group: Group, cells: Iterable[Planned], settings: Settings, purpose: Pur
         purpose=purpose,
         timing=suite.timing,
         cell_seconds=suite.cell_seconds,
-        limit_bytes=min(wanted or free, free) if purpose == "probe" else None,
+        limit_bytes=min(wanted or free, free) if limited else None,
         script=settings.script if simulated else None,
     )
 
@@ -252,10 +258,10 @@ class _Sweep:
                     if index + 1 == len(cells):
                         return
                 else:
-                    verdict = _verdict(message, work)
-                    yield Heard(cells[max(index, 0)], session, verdict=verdict, wall_s=time.perf_counter() - start)
-                    if index < 0 and verdict.outcome == "failed":
-                        yield from _skipped(cells[1:], f"the subject could not be loaded: {verdict.reason}")
+                    found = verdict(message, work)
+                    yield Heard(cells[max(index, 0)], session, verdict=found, wall_s=time.perf_counter() - start)
+                    if index < 0 and found.outcome == "failed":
+                        yield from _skipped(cells[1:], f"the subject could not be loaded: {found.reason}")
                     return
 
     def _gave_up(self, index: int) -> Verdict:
@@ -277,8 +283,8 @@ class _Sweep:
         self._watcher.finished(row)
 
 
-def _verdict(message: jobs.Broke | Verdict, job: Job) -> Verdict:
-    """What a message that ends a child means for the cell it was at."""
+def verdict(message: jobs.Broke | Verdict, job: Job) -> Verdict:
+    """Return what a message that ends a child means for the cell it was at."""
     found = message
     if isinstance(message, jobs.Broke):
         found = outcomes.classify(message.text, None, None, limit_bytes=job.limit_bytes)

@@ -82,7 +82,10 @@ def _open_simulated(job: Job) -> RooflineSession:
 
 
 def _simulate(job: Job, session: Any) -> Finished:
-    done = timing.measure(session.call, session.clock, timing.rule(job.timing, job.cell_seconds))
     absent: dict[str, str] = dict.fromkeys(("reserved", "device_used", "context", "first_call"), "simulated")
     memory = Memory(allocated=session.peak_bytes(), reasons=absent)
+    if job.purpose != "measure":
+        session.probe()
+        return Finished(0, 0.0, memory=memory)
+    done = timing.measure(session.call, session.clock, timing.rule(job.timing, job.cell_seconds))
     return Finished(0, 0.0, done.samples, done.warm_up, done.stop, done.tokens, memory)

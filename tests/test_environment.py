@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from bench import environment, schedule
+from bench import environment, nvml, schedule
 from bench.cells import BatchRange, Suite
 from shortllama.errors import InputError
 
@@ -61,26 +61,6 @@ def test_an_unknown_device_is_refused(name: str) -> None:
         environment.machine(name)
 
 
-@pytest.mark.parametrize(
-    ("variable", "expected"),
-    [
-        (None, ["0", "1", "2"]),
-        ("2,0", ["2", "0"]),
-        ("", []),
-        ("-1", []),
-        ("1,9,0", ["1"]),
-        ("GPU-ab,1", ["GPU-ab", "1"]),
-    ],
-)
-def test_visible_devices_are_read_as_cuda_reads_them(
-    monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: list[str]
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert environment._visible(3) == expected
-
-
 # -- a machine with a GPU, played by a double -------------------------------------------------------------------------
 
 CARDS = {
@@ -95,7 +75,7 @@ def card(monkeypatch: pytest.MonkeyPatch):
 
     def install(name: str, torch: str = "2.13.0+cu130") -> None:
         found = {"name": name, "memory_bytes": CARDS[name], "driver": "580.1", "power_limit_w": 700.0}
-        monkeypatch.setattr(environment, "_cuda_devices", lambda: [found])
+        monkeypatch.setattr(nvml, "devices", lambda: [found])
         monkeypatch.setattr(environment, "_version", lambda package: torch if package == "torch" else "1")
 
     return install

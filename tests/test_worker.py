@@ -11,7 +11,7 @@ import pytest
 
 from bench import children, environment, jobs, memory, outcomes, worker
 from bench.cells import Cell
-from bench.runtimes.protocol import Options
+from bench.runtimes.protocol import Options, OutOfMemory
 from bench.runtimes.roofline import Script
 from bench.subjects import Subject
 from shortllama.shape import ModelShape
@@ -270,20 +270,103 @@ def test_event_marks_are_in_seconds_and_wait_at_both_ends_only(monkeypatch: pyte
         assert (call.tokens, device.waits) == (6, before + 1)
 
 
-def test_the_first_call_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+class Device:
+    """Stands for torch.cuda's memory figures: peaks as given, 60 of 80 bytes free, and what NVML says is used."""
 
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, peaks: list[int], *, free: int = 60, used: int | None = 5
+    ) -> None:
+        import torch
+
+        from bench import nvml
+
+        self.resets, self.fractions = 0, []
+        self.others: list[int] = []
+        figures = iter(peaks)
+
+        def reset(_: str) -> None:
+            self.resets += 1
+
+        fakes = {
+            "init": lambda: None,
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": reset,
+            "max_memory_allocated": lambda _: next(figures),
+            "max_memory_reserved": lambda _: 1000,
+            "memory_reserved": lambda _: 700,
+            "mem_get_info": lambda _: (60, 80),
+            "set_per_process_memory_fraction": lambda share, _: self.fractions.append(share),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(nvml, "used_bytes", lambda _: used)
+        monkeypatch.setattr(nvml, "other_processes", lambda _: self.others)
+
+
+def on_cuda(work: jobs.Job, budget: int | None = None) -> jobs.Job:
+    options = msgspec.structs.replace(work.options, device="cuda:0", budget_bytes=budget)
+    return msgspec.structs.replace(work, options=options)
+
+
+def test_the_first_call_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.passes import measure
 
     work = job(cell(1), timing="paper", cell_seconds=1.0, script=script())
-    peaks = iter([900, 500])
-    resets: list[str] = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1000)
+    device = Device(monkeypatch, [900, 500])
     session = worker._open_simulated(work)
     session.prepare(1, 8, 8)
-    found = measure._on_cuda(work, session)
+    found = measure.open_pass(on_cuda(work))(on_cuda(work), session)
     assert (found.memory.first_call, found.memory.allocated, found.memory.reserved) == (900, 500, 1000)
-    assert (found.warm_up, len(found.samples.call_s), len(resets)) == (10, 20, 2)
+    assert (found.memory.device_used, found.memory.context) == (0, -700), "used after, less idle, less reserved"
+    assert (found.warm_up, len(found.samples.call_s), device.resets) == (10, 20, 2)
+
+
+def test_what_nvml_does_not_say_is_null_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.passes import cuda_memory
+
+    Device(monkeypatch, [900], used=None)
+    with cuda_memory.Peaks("cuda:0", None, cuda_memory.Ballast(None, 0)) as peaks:
+        pass
+    found = peaks.memory(None, "why")
+    assert (found.device_used, found.context, found.first_call) == (None, None, None)
+    assert found.reasons["first_call"] == "why"
+    assert "NVML" in found.reasons["device_used"]
+
+
+def test_a_budget_is_ballast_on_a_device_of_our_own_and_a_share_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from bench.passes import cuda_memory
+
+    options = on_cuda(job(cell(1)), budget=24).options
+    made: list[int] = []
+    monkeypatch.setattr(torch, "empty", lambda size, **_: made.append(size))
+    device = Device(monkeypatch, [])
+    held = cuda_memory.limit(options, idle=5)
+    assert (held.bytes, held.how) == (36, cuda_memory.HELD_BACK), "60 free, of which 24 are left"
+    assert (made, device.fractions) == ([36], [])
+    for idle, others in ((5, [17]), (None, []), (2 << 30, [])):
+        device.others = others
+        assert cuda_memory.limit(options, idle) == cuda_memory.Ballast(how=cuda_memory.SHARE)
+    assert (made, device.fractions) == ([36], [0.3] * 3)
+    with pytest.raises(OutOfMemory, match="more than the 60 bytes free"):
+        cuda_memory.limit(msgspec.structs.replace(options, budget_bytes=61), idle=5)
+
+
+def test_ballast_does_not_count_as_the_cells_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.passes import cuda_memory
+
+    Device(monkeypatch, [536], used=1041)
+    with cuda_memory.Peaks("cuda:0", 5, cuda_memory.Ballast(None, 36)) as peaks:
+        pass
+    found = peaks.memory(first_call=936)
+    assert (found.allocated, found.reserved, found.device_used, found.first_call) == (500, 964, 1000, 900)
+    assert found.context == 336
+
+
+def test_a_whole_generation_certifies_what_a_probe_found() -> None:
+    work = job(cell(2, "eager", 4, 6), limit_bytes=256 * MIB)
+    probed = finished(in_child(work))[0]
+    whole = finished(in_child(msgspec.structs.replace(work, purpose="certify")))[0]
+    assert whole.memory.allocated is not None
+    assert whole.memory.allocated == pytest.approx(probed.memory.allocated, rel=0.05, abs=3 * MIB)

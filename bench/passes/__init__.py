@@ -13,6 +13,7 @@ from bench.jobs import Job, Measure, Purpose
 MODULES: dict[Purpose, str] = {
     "measure": "bench.passes.measure",
     "probe": "bench.passes.probe",
+    "certify": "bench.passes.probe",
     "profile": "bench.passes.profile",
 }
 

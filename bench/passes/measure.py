@@ -9,19 +9,13 @@ import torch
 
 from bench import timing
 from bench.jobs import Finished, Job, Measure
-from bench.measurement import Memory
+from bench.passes import cuda_memory
 from bench.runtimes.protocol import Call, OutOfMemory, Session
-
-NOT_READ = "not read in a sweep"
 
 
 def open_pass(job: Job) -> Measure:
-    """Set this process up for measuring: no limit and no malloc settings on a CPU; on CUDA, the budget's share."""
-    cuda = job.options.device != "cpu"
-    if cuda and job.options.budget_bytes is not None:
-        total = torch.cuda.get_device_properties(job.options.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.options.budget_bytes / total), job.options.device)
-    timed = _on_cuda if cuda else _on_cpu
+    """Set this process up for measuring: no limit and no malloc settings on a CPU; on CUDA, the budget."""
+    timed = _on_cpu if job.options.device == "cpu" else _on_cuda(job)
     return lambda job, session: _with_operations(timed(job, session), session)
 
 
@@ -43,25 +37,25 @@ def _timed(job: Job, call: Callable[[], Call], clock: Callable[[], float]) -> Fi
     return Finished(0, 0.0, done.samples, done.warm_up, done.stop, done.tokens)
 
 
-def _on_cuda(job: Job, session: Session) -> Finished:
-    """Measure, with the allocator's own peaks: of the very first call apart, where workspaces are made."""
+def _on_cuda(job: Job) -> Measure:
+    """Measure under the budget, with the allocator's own peaks: apart of the first call, where workspaces are made."""
     device = job.options.device
-    first: list[int] = []
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
+    idle = cuda_memory.idle_bytes(device)
+    torch.cuda.init()
+    held = cuda_memory.limit(job.options, idle)
 
-    def call() -> Call:
-        done = session.call()
-        if not first:
-            first.append(torch.cuda.max_memory_allocated(device))
-            torch.cuda.reset_peak_memory_stats(device)
-        return done
+    def measure(job: Job, session: Session) -> Finished:
+        first: list[int] = []
 
-    result = _timed(job, call, session.clock)
-    memory = Memory(
-        allocated=torch.cuda.max_memory_allocated(device),
-        reserved=torch.cuda.max_memory_reserved(device),
-        first_call=first[0],
-        reasons={"device_used": NOT_READ, "context": NOT_READ},
-    )
-    return msgspec.structs.replace(result, memory=memory)
+        def call() -> Call:
+            done = session.call()
+            if not first:
+                first.append(torch.cuda.max_memory_allocated(device))
+                torch.cuda.reset_peak_memory_stats(device)
+            return done
+
+        with cuda_memory.Peaks(device, idle, held) as peaks:
+            result = _timed(job, call, session.clock)
+        return msgspec.structs.replace(result, memory=peaks.memory(first[0]))
+
+    return measure

@@ -1,10 +1,15 @@
-"""Reaches the peak memory of each cell, on a CPU under a data limit, and reports it (see `budget`)."""
+"""Reaches the peak memory of each cell under its budget, and reports it.
+
+On a CPU a budget is a data limit (see `bench.budget`). A probe is one prefill and the last step at a full cache, where
+a generation is largest; `certify` runs the whole generation instead.
+"""
 
 from __future__ import annotations
 
 from bench import budget, runtimes
 from bench.jobs import Finished, Job, Measure
 from bench.measurement import Memory
+from bench.passes import cuda_memory
 from bench.runtimes import loading
 from bench.runtimes.protocol import Session
 from bench.subjects import Subject
@@ -17,28 +22,34 @@ _TINY = ModelShape.uniform(
 
 NO_ALLOCATOR = "a CPU has no caching allocator"
 NO_DEVICE = "a CPU has no memory of its own"
-SEPARATE = "the memory pass sees one peak"
+SEPARATE = "a probe sees one peak"
 
 
 def open_pass(job: Job) -> Measure:
-    """Set this process up for probing under a limit (see `budget`): everything but the subject is there before it."""
+    """Set this process up for probing under the job's budget: everything but the subject is there before it."""
+    return _on_cpu(job) if job.options.device == "cpu" else _on_cuda(job)
+
+
+def _reach_peak(job: Job, session: Session) -> None:
+    if job.purpose == "certify":
+        session.call()
+    else:
+        session.probe()
+
+
+def _on_cpu(job: Job) -> Measure:
     assert job.limit_bytes is not None
     budget.fix_malloc()
-    tiny = runtimes.load(job.runtime).open_session(Subject("warm-up", _TINY, "warm-up"), job.options)
-    tiny.prepare(1, 4, 3)
-    tiny.call()
-    tiny.probe()
-    tiny.close()
-    del tiny
+    _warm_up(job)
     loading.warm_up(job.subject, job.options)
     budget.settle()
     baseline = budget.resident_bytes()
     budget.limit_data(job.limit_bytes)
 
-    def probe(_: Job, session: Session) -> Finished:
+    def probe(job: Job, session: Session) -> Finished:
         budget.settle()
         resets = budget.reset_peak()
-        session.probe()
+        _reach_peak(job, session)
         reasons = {"reserved": NO_ALLOCATOR, "device_used": NO_DEVICE, "context": NO_DEVICE, "first_call": SEPARATE}
         if not resets:
             reasons["allocated"] = "the kernel refuses to reset the peak (/proc/self/clear_refs)"
@@ -46,3 +57,24 @@ def open_pass(job: Job) -> Measure:
         return Finished(0, 0.0, memory=Memory(allocated=peak, reasons=reasons))
 
     return probe
+
+
+def _on_cuda(job: Job) -> Measure:
+    idle = cuda_memory.idle_bytes(job.options.device)
+    _warm_up(job)
+    held = cuda_memory.limit(job.options, idle)
+
+    def probe(job: Job, session: Session) -> Finished:
+        with cuda_memory.Peaks(job.options.device, idle, held) as peaks:
+            _reach_peak(job, session)
+        return Finished(0, 0.0, memory=peaks.memory(first_call=None, reason=SEPARATE))
+
+    return probe
+
+
+def _warm_up(job: Job) -> None:
+    tiny = runtimes.load(job.runtime).open_session(Subject("warm-up", _TINY, "warm-up"), job.options)
+    tiny.prepare(1, 4, 3)
+    tiny.call()
+    tiny.probe()
+    tiny.close()
