@@ -27,7 +27,7 @@ from bench.gate_simulation import Discovery, Rate
 from bench.metrics import LATENCY
 from shortllama import console, files
 
-SINGLES, EXPERIMENTS, CELLS = 20_000, 3_000, 50
+SINGLES, EXPERIMENTS, CELLS = 10_000, 3_000, 50
 EFFECTS = (0.0, 0.03, 0.05)
 
 # One subject: the shape of the reference model with three blocks. Calls take some 10 ms, sessions a few seconds.
@@ -72,7 +72,7 @@ def study(
     experiments: Annotated[int, typer.Option(min=1, help="Real A/A experiments, of ten cells each.")] = 20,
     planted: Annotated[int, typer.Option(min=1, help="Real experiments with a planted slowdown.")] = 20,
     trials: Annotated[
-        int, typer.Option(min=10, help="Simulated comparisons of one cell; a seventh of it with fifty.")
+        int, typer.Option(min=10, help="Simulated comparisons of one cell; three tenths of it with fifty.")
     ] = SINGLES,
 ) -> int:
     """Measure the gate itself; example: python -m bench.gate_study --no-real"""

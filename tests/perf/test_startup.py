@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 START_UP_S = 0.5
 DRY_RUN_S = 1.0
 READ_S = 5.0
+COMPARE_S = 5.0
 
 SUITE = """schema = "shortllama.suite/1"
 subjects = ["llama-7b/depth:13..32"]
@@ -121,6 +122,18 @@ def test_dry_run_of_ten_thousand_cells(start, benchmark):
     benchmark.extra_info["cells"] = len(cells)
     assert len(cells) >= 10_000
     assert middle(benchmark) < DRY_RUN_S
+
+
+def test_comparing_ten_thousand_cells(start, benchmark, place: Path, timed: bool):
+    """Start-up, reading, verdicts and every form of output."""
+    benchmark.group = "many cells"
+    count = 10_000 if timed else 100
+    for name in ("many-base", "many-head"):
+        write_run(place / name, count)
+    outputs = ("--markdown", "m.md", "--junit", "j.xml", "--github", "--json")
+    found = msgspec.json.decode(start("compare", "many-base", "many-head", *outputs, rounds=3))
+    assert found["comparison"]["cells"] == count
+    assert middle(benchmark) < COMPARE_S
 
 
 def test_reading_a_hundred_thousand_rows(benchmark, tmp_path: Path, timed: bool):
