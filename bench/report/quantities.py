@@ -107,6 +107,8 @@ def inert(name: str) -> str:
     Escaping for a format is its renderer's work; this removes what no format can carry (XML 1.0 has no control
     characters) and what would reorder the text around it.
     """
+    if name.replace(SPACE, " ").isprintable():  # none of these; asking for every character's category takes longer
+        return name.strip()
     kept = (" " if unicodedata.category(character) in ("Cc", "Zl", "Zp") else character for character in name)
     return "".join(c for c in kept if unicodedata.category(c) not in ("Cf", "Cs") or c == "\u200d").strip()
 
