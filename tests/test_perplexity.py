@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
+import tracemalloc
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,9 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shortllama import calibration, surgery
+from shortllama import calibration, pieces, surgery
 from shortllama.errors import InputError
-from shortllama.evaluation import perplexity, protocol
+from shortllama.evaluation import perplexity, protocol, tokens
 from shortllama.evaluation.perplexity import Beside, evaluate
 from shortllama.evaluation.protocol import Protocol
 from shortllama.evaluation.results import Evaluation, Perplexity, Quality, read_evaluation, write_evaluation
@@ -319,53 +318,38 @@ def test_bf16_weights_lose_no_more_than_their_own_rounding(model, book):
 
 # -- long text --------------------------------------------------------------------------------------------------------
 
-GROWTH = """
-import sys
-from types import SimpleNamespace
-import torch
-from shortllama.evaluation import perplexity
-from transformers import AutoTokenizer
 
-class Indifferent(torch.nn.Module):
-    def __init__(self, vocabulary):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(vocabulary, 1)
-    def get_input_embeddings(self):
-        return self.embedding
-    def forward(self, input_ids, use_cache):
-        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, self.embedding.num_embeddings))
-
-torch.set_num_threads(1)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-for path in sys.argv[2:]:
-    result = perplexity.evaluate(Indifferent(len(tokenizer)), tokenizer, path)
-    peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(result.bytes, int(peak) * 1024)
-"""
+def peak_bytes(work) -> int:
+    """The most that Python and NumPy held at once while `work` ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path):
-    """From 2 to 5 MiB, in one line and in many documents: by less than the text is; its tokens alone are far more."""
-    from shortllama.sources import REFERENCE_FOLDER
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix, layout):
+    """Four times the text, in one line or in many documents, is read, tokenized, cut and run in the same memory."""
+    from tests.test_token_stream import byte_level
 
+    monkeypatch.setattr(tokens, "CHUNK", 1 << 12)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 12)
     sentence = "The pruned model keeps the blocks that matter most, and its perplexity says what was lost. "
-    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(sentence * 20)] * (2**20 // (20 * len(sentence)))))
-    files = [tmp_path / "rows.jsonl"]
-    for size in (2, 5):
-        files.append(tmp_path / f"line{size}.txt")
-        files[-1].write_text(sentence * (size * 2**20 // len(sentence)))
-    child = subprocess.run(
-        [sys.executable, "-c", GROWTH, str(REFERENCE_FOLDER), *map(str, files)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=500,
-        # Large arrays go back to the system when they are freed, so that the peak is of what is held.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )
-    rows = [[int(word) for word in line.split()] for line in child.stdout.splitlines()]
-    assert [round(covered / 2**20) for covered, _ in rows] == [1, 2, 5]
-    assert rows[2][1] - rows[1][1] < 2 * 2**20
+    document = sentence if suffix == "txt" else json.dumps(sentence * 10) + "\n"
+    tokenizer, peaks = byte_level(), []
+    vocabulary = torch.nn.Embedding(len(tokenizer), 1)
+    indifferent = torch.nn.Module()
+    indifferent.get_input_embeddings = lambda: vocabulary
+    indifferent.forward = lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 600))
+    for size in (1, 1, 4):  # the first pass imports and fills caches
+        path = tmp_path / f"{size}.{suffix}"
+        path.write_text(document * (size * 60_000 // len(document)))
+        text = perplexity.prepare(f"{path}@layout={layout}", tokenizer=tokenizer)
+        peaks.append(peak_bytes(lambda text=text: perplexity.measure(indifferent, text)))
+    assert peaks[2] < 1.2 * peaks[1]
 
 
 def test_a_limit_reads_no_further(tmp_path, model):

@@ -39,22 +39,22 @@ def counts_text(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "is_fast", False))
 
 
-def tokenize(pieces: Iterable[str], tokenizer: Any, name: str, chunk: int = CHUNK) -> Iterator[np.ndarray]:
+def tokenize(pieces: Iterable[str], tokenizer: Any, name: str, chunk: int | None = None) -> Iterator[np.ndarray]:
     """Yield the rows (N, 3) of the text that `pieces` make up, without any special token added, block after block.
 
-    `chunk` characters are tokenized together. Raises InputError, with `name`, where there is no tokenizer.
+    `chunk` (default: CHUNK) characters are tokenized together. Raises InputError, with `name`, where there is no tokenizer.
     """
     plain = calibration.tokenize_with(tokenizer, name)
     if not counts_text(tokenizer):
         ids_N = np.asarray(plain("".join(pieces)), dtype=np.int64)
         yield np.stack([ids_N, np.zeros_like(ids_N), np.zeros_like(ids_N)], axis=1)
         return
-    feed = iter(pieces)
-    text, ended = _filled("", feed, max(chunk, 2 * OVERLAP))
+    feed, size = iter(pieces), max(chunk or CHUNK, 2 * OVERLAP)
+    text, ended = _filled("", feed, size)
     now, begin = _encode(text, tokenizer), 0
     while not ended:
         shift = len(text) - OVERLAP
-        following, ended = _filled(text[shift:], feed, max(chunk, 2 * OVERLAP))
+        following, ended = _filled(text[shift:], feed, size)
         then = _encode(following, tokenizer)
         joint = _joint(now, then, shift)
         if joint is None:  # no agreement anywhere: the two chunks become one
