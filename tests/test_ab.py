@@ -500,3 +500,27 @@ def test_equal_code_is_rarely_flagged_by_whole_experiments(tmp_path: Path) -> No
     """Twenty experiments on a quiet device: 0.2 % of the metrics are expected to regress (see `make gate-study`)."""
     alarms = [exit_code(run(tmp_path / str(seed), Machine({}, seed=seed))) for seed in range(20)]
     assert sum(alarms) <= 1
+
+
+@pytest.mark.slow
+def test_models_that_must_be_pruned_are_pruned_once_and_measured(place: Path, run_command: Callable) -> None:
+    """A plan's file against METHOD:RATIO, in real sessions; both remove a quarter of the blocks."""
+    planned = run_command("plan", "reference", "--method", "mag", "--ratio", "0.25", "--out", "plan.json", cwd=place)
+    assert planned.returncode == 0, planned.stderr
+    (place / "real.toml").write_text(
+        'schema = "shortllama.suite/1"\nsubjects = ["reference"]\n'
+        'dtypes = ["float32"]\noutput = [2]\ncell_seconds = 0.1\n'
+    )
+    arguments = ("--base", "plan.json", "--head", "reference/mag:0.25", "--suite", "real.toml", "--pairs", "2-2")
+    done = run_command("ab", *arguments, "--device", "cpu", "--out", "run", "--json", cwd=place, timeout=580)
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)["comparison"]
+    assert "base is the plan plan.json" in found["notes"][0]
+    base, head = (rows(place / "run", side) for side in experiment.SIDES)
+    assert [one.session.pair for one in base] == [one.session.pair for one in head] == [1, 2]
+    assert len({one.session.id for one in (*base, *head)}) == 4
+    assert {one.cell.subject for one in base} == {"plan.json"}
+    assert {one.cell.subject for one in head} == {"reference/mag:0.25"}
+    assert len({one.parameters for one in (*base, *head)}) == 1
+    assert all(len(one.samples.call_s) >= 3 for one in (*base, *head))
+    assert len(list((place / "run" / "subjects").iterdir())) == 2
