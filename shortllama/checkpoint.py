@@ -5,7 +5,7 @@ writes loads in stock transformers wherever a stock class has the shape (`config
 always. Torch is imported only by what makes or takes a model.
 
 A folder holds config.json, weights, the source's tokenizer files, plan.json and manifest.json.
-Manifest history: shortllama.manifest/1: first.
+Manifest history: shortllama.manifest/1: first. `costs` came later: older files read the same.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from shortllama import configs, files, layout, sources, tensorfile
+from shortllama.costs import start
 from shortllama.digests import digest_of, write_digested
 from shortllama.errors import InputError, PlanError
 from shortllama.families import lookup
 from shortllama.plans import Plan, check_base, shape_after, write_plan
+from shortllama.scores import Cost
 from shortllama.shape import ModelShape
 from shortllama.tensorfile import Planned, Stored
 
@@ -56,9 +58,10 @@ _COMPUTED = "rotary_emb.inv_freq"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a written folder is. Digests are SHA-256 of whole files, by name; no times and no paths of a machine.
+    """What a written folder is, and what it took. Digests are SHA-256 of whole files, by name; no paths of a machine.
 
-    `form`: "stock" loads in transformers as `model_type`, "shortllama" with `checkpoint.load` only.
+    `form`: "stock" loads in transformers as `model_type`, "shortllama" with `checkpoint.load` only. `costs`: that of
+    `writing` the weights, and where known those of `scoring` for the plan and of `applying` it to a loaded model.
     """
 
     form: Literal["stock", "shortllama"]
@@ -72,6 +75,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: dict[str, str]
     companions: dict[str, str]
     version: str
+    costs: dict[str, Cost] = {}
     schema: Literal["shortllama.manifest/1"] = "shortllama.manifest/1"
 
 
@@ -183,12 +187,18 @@ def _tokenizer(folder: Path, model: PreTrainedModel, trust_remote_code: bool) ->
 
 
 def write(
-    source: str | Path, plan: Plan, out: Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+    source: str | Path,
+    plan: Plan,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    costs: Mapping[str, Cost] | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write what `plan` keeps of a source's weights to the folder `out`; returns its manifest.
 
     From file to file, a few MiB at a time, in the source's dtype; `progress(done, total)` counts bytes of weights.
-    `out` appears complete or not at all.
+    `costs`: what went before, for the manifest. `out` appears complete or not at all.
     Raises PlanError for a blind plan, one of another base, or one with compensation (which needs a model: `apply`
     and `save`); InputError for unusable weights or an `out` that is not ours.
     """
@@ -206,7 +216,7 @@ def write(
         one, part = stored[taken[name].source], taken[name]
         planned.append(Planned(name, one.code, size, partial(tensorfile.cut, one, part.rows, part.columns)))
     config = configs.pruned_config(configs.base_config(found.config), plan.keep)
-    return _write_folder(out, plan, after, config, planned, folder, shard_bytes, progress=progress)
+    return _write_folder(out, plan, after, config, planned, folder, shard_bytes, costs=costs, progress=progress)
 
 
 def save(
@@ -217,12 +227,14 @@ def save(
     companions: Path | None = None,
     documents: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    costs: Mapping[str, Cost] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write a model in memory, as `surgery.apply` or retraining left it, to the folder `out`; returns its manifest.
 
     `plan` is how it was made from its base and travels along; tokenizer files are copied from the folder `companions`.
-    `documents` are written beside them, by file name, and digested like them. `progress` is that of `write`.
+    `documents` are written beside them, by file name, and digested like them. `costs` and `progress` are those of
+    `write`.
     """
     from shortllama import surgery
 
@@ -233,7 +245,16 @@ def save(
     planned = [Planned(name, code, size, partial(raw_pieces, parameters[name])) for name, size in dimensions.items()]
     config = surgery.config_dict(model)
     return _write_folder(
-        out, plan, shape, config, planned, companions, shard_bytes, documents=documents, progress=progress
+        out,
+        plan,
+        shape,
+        config,
+        planned,
+        companions,
+        shard_bytes,
+        documents=documents,
+        costs=costs,
+        progress=progress,
     )
 
 
@@ -267,9 +288,13 @@ def _write_folder(
     shard_bytes: int,
     *,
     documents: Mapping[str, bytes] | None = None,
+    costs: Mapping[str, Cost] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
+    writing = start()
     dtype = tensorfile.DTYPES[max(planned, key=lambda one: one.size).code]
+    if lookup(shape.family).cache is None:
+        config, documents = {**config, "use_cache": False}, {**_uncached(companions), **(documents or {})}
     stock = configs.stock_config(config, shape)
     final = configs.finished(stock or configs.own_config(config, shape), dtype)
     with files.new_folder(out, MARK) as folder:
@@ -290,11 +315,25 @@ def _write_folder(
             weights=weights,
             companions=copied,
             version=package_version(),
+            costs={**(costs or {}), "writing": writing()},
         )
         files.write_atomically(folder / "config.json", files.encode_json(final))
         files.write_atomically(folder / MANIFEST, files.encode_json(manifest))
         write_plan(folder / MARK, plan)
     return manifest
+
+
+def _uncached(companions: Path | None) -> dict[str, bytes]:
+    """Return the generation config of a model that must generate without a cache: its own settings would use one."""
+    file = companions / "generation_config.json" if companions else None
+    found = files.decode_json(files.read_bytes(file), dict[str, Any], str(file)) if file and file.is_file() else {}
+    return {"generation_config.json": files.encode_json({**found, "use_cache": False})}
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder, None where it has none. Raises InputError naming the offending key."""
+    path = folder / MANIFEST
+    return files.decode_json(files.read_bytes(path), Manifest, str(path)) if path.is_file() else None
 
 
 def raw_pieces(tensor: Tensor) -> Iterator[memoryview]:

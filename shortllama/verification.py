@@ -40,7 +40,9 @@ NEW_TOKENS = 16
 # after 32 blocks; a wrong head or neuron shows in the first digits.
 TOLERANCE = 1e-4
 
-# The same where weights and activations have 16 bits; a cache that is read wrongly shows in the first digit.
+# The same with a cache and without, which run other kernels, and where weights and activations have 16 bits. A cache
+# that is read wrongly shows in the first digit.
+CACHE_TOLERANCE = 1e-3
 COARSE_TOLERANCE = 5e-2
 
 # A run that is short, but reads what a step wrote to the cache.
@@ -209,25 +211,26 @@ def _compare(name: str, own: dict[str, Any], other: dict[str, Any]) -> Check:
     return Check(name, tokens and difference <= TOLERANCE, seen)
 
 
-def _cache_check(seen: dict[str, Any], limit: float = TOLERANCE) -> Check:
+def _cache_check(seen: dict[str, Any] | None, limit: float = CACHE_TOLERANCE) -> Check:
     """Compare decoding with a cache, where the config asks for one, with decoding without."""
-    name, difference = "decoding with a cache", seen["difference"]
+    name = "decoding with a cache"
+    if seen is None:
+        return Check(name, True, "not used: use_cache is false in the config")
     if seen["error"] is not None:
         return Check(name, False, f"fails ({seen['error']}); {_UNCACHED}")
-    if difference is None:
-        return Check(name, True, "not used: use_cache is false in the config")
+    difference = seen["difference"]
     text = f"largest logit difference {difference:.1e} of the largest logit from decoding without"
     return Check(name, difference <= limit, text if difference <= limit else f"{text}; {_UNCACHED}")
 
 
 def check_cache(model: PreTrainedModel) -> None:
-    """Raise VerificationError where a model, as loaded, decodes otherwise with its cache than without.
+    """Raise VerificationError where a model decodes otherwise with its cache than without, whatever its config asks.
 
     Two sequences of a few tokens: as much work as some five steps of decoding.
     """
     prompt = random.Random(0).choices(range(model.config.vocab_size), k=FEW_PROMPT_TOKENS)
     seen = stock_reload.cached_decoding(model, prompt, FEW_NEW_TOKENS)
-    check = _cache_check(seen, TOLERANCE if model.dtype.itemsize > 2 else COARSE_TOLERANCE)
+    check = _cache_check(seen, CACHE_TOLERANCE if model.dtype.itemsize > 2 else COARSE_TOLERANCE)
     if not check.passed:
         raise VerificationError(f"{type(model).__name__}: {check.name}: {check.seen}")
 

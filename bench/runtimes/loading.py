@@ -17,7 +17,7 @@ from torch.nn import functional
 from bench import budget, outcomes
 from bench.runtimes.protocol import Options, OutOfMemory
 from bench.subjects import Subject
-from shortllama import checkpoint, surgery
+from shortllama import checkpoint, surgery, verification
 from shortllama.errors import InputError
 from shortllama.shape import ModelShape
 
@@ -49,7 +49,11 @@ def allocating(function: Callable[P, R]) -> Callable[P, R]:
 
 @allocating
 def load(subject: Subject, options: Options) -> tuple[PreTrainedModel, Any]:
-    """Return (model, tokenizer or None) in eval mode on the device, with as many parameters as the subject's shape."""
+    """Return (model, tokenizer or None) in eval mode on the device, with as many parameters as the subject's shape.
+
+    Raises VerificationError for real weights whose decoding with a cache is wrong: the speed of wrong output means
+    nothing. Under a memory budget that is not looked at again: the few tokens would count against it.
+    """
     if subject.folder is None:
         model = surgery.build(
             subject.shape, dtype=options.dtype, device=options.device, seed=options.seed, attention=options.attention
@@ -67,6 +71,8 @@ def load(subject: Subject, options: Options) -> tuple[PreTrainedModel, Any]:
             f"subject {subject.name}: the loaded model holds {held:,} parameters, its shape says "
             f"{subject.shape.parameters:,}; is {subject.folder} the checkpoint it was planned from?"
         )
+    if subject.folder is not None and not budget.is_limited():
+        verification.check_cache(model.eval())
     return model.eval(), tokenizer
 
 
