@@ -137,10 +137,8 @@ def _discovery(one: Discovery) -> tuple[str, ...]:
 def _real(real: Real | None) -> list[str]:
     lines = ["", "## This machine", ""]
     if real is None:
-        return [
-            *lines,
-            "Not run yet: `python -m bench.gate_study --no-simulated --out` this folder, on an idle machine.",
-        ]
+        command = 'make gate-study OPTIONS="--no-simulated --out FOLDER"'
+        return [*lines, f"Not run yet. On an idle machine, with this folder as FOLDER: `{command}`."]
     fingerprint, facts = real.environment.fingerprint, real.environment.facts
     lines += [
         f"{fingerprint['device']}, {fingerprint['threads']} threads, torch {fingerprint['torch']}, "
