@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shortllama import catalogue, criteria, files, methods, planning, plans, presets, removals, sources
+from shortllama import catalogue, costs, criteria, files, methods, planning, plans, presets, removals, sources
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.evaluation.results import Perplexity, Quality
 from shortllama.journal import resume
@@ -313,14 +313,17 @@ def write(
     compensation.check(plan, scores)
     folder = sources.fetch(source)
     report = partial(progress or _silent, f"writing {out.name}")
+    spent = {"scoring": scores.cost} if scores is not None and scores.cost is not None else {}
     if plan.compensation is None:
-        return checkpoint.write(folder, plan, out, progress=report)
+        return checkpoint.write(folder, plan, out, costs=spent, progress=report)
     from shortllama import surgery
 
     checkpoint.refuse_own_folder(out, folder)
+    applying = costs.start()
     model, _ = checkpoint.load(folder)
     pruned = surgery.apply(plan, model, compensation=compensation.biases(plan, model, scores))
-    return checkpoint.save(pruned, plan, out, companions=folder, progress=report)
+    spent["applying"] = applying()
+    return checkpoint.save(pruned, plan, out, companions=folder, costs=spent, progress=report)
 
 
 def load(source: Source, *, device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:

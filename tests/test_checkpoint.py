@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shortllama import catalogue, checkpoint, configs, console, files, sources, surgery, tensorfile
 from shortllama.errors import InputError, PlanError
 from shortllama.plans import BlockKeep, Plan, read_plan, shape_after
+from shortllama.scores import Cost
 from shortllama.shape import ModelShape
 
 ROOT = Path(__file__).parent.parent
@@ -104,13 +105,24 @@ def test_what_is_written_is_what_surgery_makes_and_stock_loads_what_it_can(dense
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_costs_that_went_before_are_in_the_manifest(dense: Path, tmp_path: Path):
+    scoring = Cost(2.0, None, 64, block_passes=10.0, reasons={"peak_bytes": "not here"})
+    manifest = checkpoint.write(dense, plan_for(dense, KEEPS["depth"]), tmp_path / "out", costs={"scoring": scoring})
+    assert manifest.costs == {"scoring": scoring, "writing": manifest.costs["writing"]}
+    assert checkpoint.read_manifest(tmp_path / "out") == manifest
+    assert checkpoint.read_manifest(dense) is None
+
+
 @pytest.mark.parametrize("name", KEEPS)
 def test_from_file_to_file_equals_through_a_model(dense: Path, tmp_path: Path, name: str):
     plan = plan_for(dense, KEEPS[name])
     written = checkpoint.write(dense, plan, tmp_path / "files")
     saved = checkpoint.save(surgery.apply(plan, load_bare(dense)), plan, tmp_path / "model", companions=dense)
     assert written.weights == saved.weights
-    assert msgspec.structs.replace(saved, weights=written.weights) == written
+    assert msgspec.structs.replace(saved, costs=written.costs) == written
+    assert {*written.costs} == {*saved.costs} == {"writing"}
+    assert written.costs["writing"].wall_s > 0
+    assert checkpoint.read_manifest(tmp_path / "files") == written
 
 
 @pytest.mark.parametrize("name", KEEPS)
@@ -167,9 +179,10 @@ def test_companions_plan_and_manifest_travel(dense: Path, tmp_path: Path):
     assert files.decode_json(file.read_bytes(), checkpoint.Manifest, "manifest") == manifest
     assert {*manifest.weights, *manifest.companions} == copied | {"model.safetensors"}
     assert str(tmp_path) not in file.read_text() + (tmp_path / "out" / "config.json").read_text()
-    checkpoint.write(dense, plan, tmp_path / "again")
+    again = checkpoint.write(dense, plan, tmp_path / "again")
+    assert msgspec.structs.replace(again, costs=manifest.costs) == manifest, "only what it took may differ"
     for path in (tmp_path / "out").iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+        assert path == file or path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
 def test_old_files_with_torch_dtype_and_rotary_buffers(dense: Path, tmp_path: Path):

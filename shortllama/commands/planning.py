@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shortllama import console, display, journal, options, plans, pruning, sources
+from shortllama import checkpoint, console, display, journal, options, plans, pruning, sources
 from shortllama import scores as score_files
 from shortllama.commands import groups
 from shortllama.commands.resuming import resumable
@@ -126,17 +126,21 @@ def show(path: Shown, as_json: options.Json = False) -> None:
     held = plans.read_plan(path) if shape is None or (path / "plan.json").exists() else None
     base = pruning.base_at_hand(held) if held else None
     taught = retraining.read(path) if path.is_dir() else None
+    costs = manifest.costs if path.is_dir() and (manifest := checkpoint.read_manifest(path)) else {}
     if shape is None and base is not None and held is not None:
         shape = plans.shape_of(held, base)
     if as_json:
         described = display.shape_document(str(path), shape, "float16") if shape else None
         counted = base.parameters if base else None
-        console.emit({"plan": held, "shape": described, "base_parameters": counted, "retraining": taught})
+        found = {"plan": held, "shape": described, "base_parameters": counted, "retraining": taught, "costs": costs}
+        console.emit(found)
         return
     if held is not None:
         display.show_plan(held, base)
     if shape is not None:
         display.show_shape(str(path), shape, "float16")
+    if costs:
+        display.show_costs(costs)
     if taught is not None:
         display.show_retraining(taught)
 
