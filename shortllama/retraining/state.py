@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from shortllama import checkpoint, files, tensorfile
 from shortllama.errors import InputError
@@ -78,15 +80,43 @@ def read(folder: Path, number: int, identity: Identity) -> tuple[State, dict[str
     return state, {name: checkpoint.read_tensor(one) for name, one in tensorfile.in_folder(found[-1]).items()}
 
 
-def exists(folder: Path) -> bool:
-    """Whether there is anything to resume."""
-    return bool(_states(folder))
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _states(folder: Path, number: int | None = None) -> list[Path]:
-    """Return the folders with a whole state of a stage (None: of any), the newest last."""
-    named = sorted(folder.glob("stage-*-step-*" if number is None else f"stage-{number}-step-*"))
-    return [path for path in named if (path / FILE).is_file()]
+def tensors_of(trained: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Return what is trained, and the optimizer's moments of it, as a state holds them."""
+    tensors: dict[str, Tensor] = {f"trained.{name}": one for name, one in trained.items()}
+    for name, one in trained.items():
+        if optimizer is not None and optimizer.state[one]:
+            tensors |= {f"{key}.{name}": optimizer.state[one][key] for key in _MOMENTS}
+    return tensors
+
+
+def restore(
+    trained: Mapping[str, nn.Parameter], optimizer: Optimizer, tensors: Mapping[str, Tensor], updates: int
+) -> None:
+    """Put back, in place, what `tensors_of` returned after so many updates."""
+    with torch.no_grad():
+        for name, one in trained.items():
+            one.copy_(tensors[f"trained.{name}"])
+    names = {one: name for name, one in trained.items()}
+    whole = optimizer.state_dict()
+    for index, one in enumerate(one for group in optimizer.param_groups for one in group["params"]):
+        if f"{_MOMENTS[0]}.{names[one]}" in tensors:
+            moments = {key: tensors[f"{key}.{names[one]}"] for key in _MOMENTS}
+            whole["state"][index] = {"step": torch.tensor(float(updates)), **moments}
+    optimizer.load_state_dict(whole)
+
+
+def updates_of(optimizer: Optimizer) -> int:
+    """Return how many steps an optimizer has taken, -1 where its parameters disagree: it was stopped in the middle."""
+    counts = {int(one["step"]) for one in optimizer.state.values()} or {0}
+    return counts.pop() if len(counts) == 1 else -1
+
+
+def _states(folder: Path, number: int) -> list[Path]:
+    """Return the folders with a whole state of a stage, the newest last."""
+    return [path for path in sorted(folder.glob(f"stage-{number}-step-*")) if (path / FILE).is_file()]
 
 
 def _check(folder: Path, was: Identity, now: Identity) -> None:
