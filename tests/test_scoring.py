@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -9,9 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import shortllama as sl
 from shortllama import calibration, costs, criteria, removals, scoring, surgery
+from shortllama.criteria import bi, trace
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.plans import BlockKeep, shape_after
 from shortllama.removals import Goal
@@ -94,6 +99,107 @@ def test_peak_memory_sees_a_large_allocation():
     assert 60 * 2**20 < peak < 100 * 2**20
 
 
+# -- several criteria at once -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[int]:
+    """One entry for each block that computes, the number of sequences."""
+    rows: list[int] = []
+    forward = LlamaDecoderLayer.forward
+
+    def counted(self, hidden_states, *args, **kwargs):
+        rows.append(len(hidden_states))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    return rows
+
+
+def test_criteria_that_watch_share_one_pass_and_the_rest_run_by_themselves(model, used, ran):
+    calls: list[tuple[int, int]] = []
+    names = ("ppl", *criteria.TRACED, "mag")
+    found = scoring.score_all(model, names, used, progress=lambda done, total: calls.append((done, total)))
+    assert list(found) == list(names)
+    assert len(ran) == 4 + (4 * 3 // 2 + 4), "bi, angular, ... in 4 block passes, ppl in 10"
+    assert calls == sorted(calls), "progress goes backward"
+    assert calls[-1][0] == calls[-1][1], "progress does not end at the total"
+    for name, scores in found.items():
+        assert scores.digest() == scoring.score(model, name, used).digest()
+    traced = [found[name].cost for name in criteria.TRACED]
+    assert all(cost == traced[0] for cost in traced)
+    assert traced[0] is not None
+    assert (traced[0].block_passes, traced[0].tokens, traced[0].shared) == (4.0, 32, criteria.TRACED)
+    for name, passes in (("ppl", 10.0), ("mag", 0.0)):
+        cost = found[name].cost
+        assert cost is not None
+        assert (cost.block_passes, cost.shared, cost.runs) == (passes, (), 1)
+
+
+@pytest.mark.parametrize("names", [("bi", "pp"), ("ppl", "wanda-sp")])
+def test_all_criteria_are_checked_before_any_is_measured(model, used, ran, names):
+    with pytest.raises(InputError):
+        scoring.score_all(model, names, used, unit="module")
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "passes"),
+    [("kl", "block", 10), ("ppl", "module", 4 + 2 * 10), ("taylor", "block", 4 + 4), ("wanda-sp", "width", 4)],
+)
+def test_block_passes_are_those_that_ran(model, used, ran, name, unit, passes):
+    cost = scoring.score(model, name, used, unit=unit).cost
+    assert cost is not None
+    assert cost.block_passes == passes == sum(ran) / len(used.sequences)
+
+
+def test_iterative_block_passes_add_up(model, used, ran):
+    cost = scoring.iterate(model, "ppl", used, goal=Goal(2, "floor", "count")).cost
+    assert cost is not None
+    assert cost.block_passes == 10 + 6 == sum(ran) / len(used.sequences)
+    assert cost.tokens == 2 * 32
+
+
+@given(
+    st.integers(1, 40).flatmap(
+        lambda size: st.tuples(
+            *[st.lists(st.floats(-8, 8, width=32), min_size=size, max_size=size)] * 2, st.sampled_from([1.0, 1e-4])
+        )
+    )
+)
+def test_the_law_of_cosines_gives_the_turn(drawn):
+    x, f = (torch.tensor(values, dtype=torch.float64)[None, None] for values in drawn[:2])
+    f = f * drawn[2]
+    passage = trace.Passage(0, x, x + f, None)
+    turned = bi.turn(passage).item()
+    if x.norm() < 1e-6 or (x + f).norm() < 1e-6:
+        return
+    # 1 - cos of a small angle from its sine, which needs no difference of nearly equal numbers.
+    u, v = x[0, 0] / x.norm(), (x + f)[0, 0] / (x + f).norm()
+    assert turned == pytest.approx((u - v).square().sum().item() / 2, rel=1e-6, abs=1e-13)
+
+
+def test_a_zero_state_turns_by_one_and_no_turn_is_exactly_zero():
+    zero, one = torch.zeros(1, 1, 4), torch.ones(1, 1, 4)
+    assert bi.turn(trace.Passage(0, zero, one, None)).item() == 1
+    assert bi.turn(trace.Passage(0, one, zero, None)).item() == 1
+    assert bi.turn(trace.Passage(0, one, one, None)).item() == 0
+
+
+def test_a_small_turn_keeps_its_digits_in_float32():
+    """1 minus a float32 cosine is a multiple of 6e-8, and blocks that hardly matter turn by little more."""
+    x = torch.randn(1, 50, 512)
+    across = torch.randn(1, 50, 512)
+    across -= x * (x * across).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
+    across *= x.norm(dim=-1, keepdim=True) / across.norm(dim=-1, keepdim=True)
+    for angle in (1e-2, 1e-3):
+        expected = 1 - 1 / math.sqrt(1 + angle**2)
+        assert bi.turn(trace.Passage(0, x, x + angle * across, None)).mean().item() == pytest.approx(expected, rel=1e-3)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
 def test_bad_requests_are_answered_in_one_line(model, used, tiny_shape):
     high = calibration.describe([[1, 97]], "high.jsonl", seed=None, bos=None)
     cases = [
@@ -141,6 +247,9 @@ def test_plan_and_apply_in_python(model, used):
     assert len(model.model.layers) == 4
     scores = sl.score(model, "bi", calibration=used)
     assert isinstance(scores, Scores)
+    both = sl.score(model, ["bi", "angular"], calibration=used)
+    assert {name: one.criterion for name, one in both.items()} == {"bi": "bi", "angular": "angular"}
+    assert both["bi"].digest() == scores.digest()
     assert sl.plan(model, method="bi", blocks=1, scores=scores).keep == plan.keep
 
 
