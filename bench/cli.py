@@ -11,6 +11,7 @@ import typer
 from bench.ab import ab
 from bench.compare import compare
 from bench.oom import oom
+from bench.recommend import recommend
 from bench.sweep import sweep
 from shortllama import cli as core
 from shortllama import console
@@ -45,6 +46,9 @@ def report(
 
 app.command(epilog="Example: shortllama compare runs/before runs/after --fail-over latency:5%")(compare)
 app.command(epilog="Example: shortllama ab --base main --head my-branch --out runs/ab")(ab)
+app.command(epilog="Example: shortllama recommend runs/mine --max-latency 2s --max-memory 24GiB --max-ppl 30")(
+    recommend
+)
 
 
 def main() -> None:
