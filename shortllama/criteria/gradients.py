@@ -4,7 +4,7 @@ A matrix's gradient is a product of what flows back into its output and what wen
 kept, (O, I), instead of being made first and then added, and the matrix need not ask autograd for anything: 16-bit
 weights stay as they are, and are widened one at a time while they are used. Norms are few values: autograd has them.
 
-Legend: P positions (batch times tokens), O outputs, I inputs, D hidden.
+Legend: B batch, T tokens, O outputs, I inputs, D hidden.
 """
 
 from __future__ import annotations
@@ -22,21 +22,12 @@ from shortllama.stack import entering_replaced, forward_replaced
 class Gradients(Protocol):
     """What becomes of the gradients of one block's weights, which come batch by batch, each at least in float32."""
 
-    @property
-    def alone(self) -> bool:
-        """Whether each sequence must come in a batch of its own."""
-        ...
-
-    def begin(self, ids_BT: Tensor) -> None:
-        """Be told which batch comes next."""
-        ...
-
-    def add_product(self, weight: Tensor, back_PO: Tensor, into_PI: Tensor) -> None:
-        """Take a matrix's gradient of this batch, `back_PO.T @ into_PI`."""
+    def add_product(self, weight: Tensor, back_BTO: Tensor, into_BTI: Tensor) -> None:
+        """Take a matrix's gradient of one batch, (O, I): the sum over its positions of `back` times `into`."""
         ...
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
-        """Take a norm's gradient of this batch."""
+        """Take a norm's gradient of one batch."""
         ...
 
     def clear(self) -> None:
@@ -47,20 +38,16 @@ class Gradients(Protocol):
 class Sums:
     """The sum over batches: one block's gradients, and no other copy of any."""
 
-    alone = False
-
     def __init__(self) -> None:
         self._sums: dict[Tensor, Tensor] = {}
 
-    def begin(self, ids_BT: Tensor) -> None:
-        """Nothing depends on the batch."""
-
-    def add_product(self, weight: Tensor, back_PO: Tensor, into_PI: Tensor) -> None:
+    def add_product(self, weight: Tensor, back_BTO: Tensor, into_BTI: Tensor) -> None:
         """Add a matrix's gradient."""
+        back, into = back_BTO.flatten(0, 1).T, into_BTI.flatten(0, 1)
         if weight in self._sums:
-            self._sums[weight].addmm_(back_PO.T, into_PI)
+            self._sums[weight].addmm_(back, into)
         else:
-            self._sums[weight] = back_PO.T @ into_PI
+            self._sums[weight] = back @ into
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
         """Add a norm's gradient."""
@@ -89,7 +76,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         (into,), (back,) = ctx.saved_tensors, outputs
-        ctx.gradients.add_product(ctx.linear.weight, back.flatten(0, -2), into.flatten(0, -2))
+        ctx.gradients.add_product(ctx.linear.weight, back, into)
         return back @ ctx.linear.weight.to(back.dtype), None, None
 
 

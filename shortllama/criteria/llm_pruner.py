@@ -14,11 +14,11 @@ d channels. q and o have H * d channels: head j reads KV head j // (H/K), so the
 group is q, as in its traversal, and k where heads are grouped, its root there. A query head that goes alone leaves k
 and v to the others of its group: its coupled weights are q and o, its score is the sum of their d channels.
 
-Gradients are made block by block as in `taylor`: one block's exist at a time. Squares take each weight's gradient as
-soon as it is there, so that second order holds one block of squares (param_mix also one of sums) and one weight's
-gradient. With `steps`, the pruning `towards` a shape goes in that many equal parts, each scored with the model as the
-parts before left it; all see the same calibration, where the published code draws anew. Scores are then ranks in each
-block, 0 for the first to go.
+Gradients are made block by block as in `taylor`: one block's exist at a time. A sequence's are squared as soon as a few
+rows of them are made, so that second order holds one block of squares, and param_mix also one of sums. With `steps`,
+the pruning `towards` a shape goes in that many equal parts, each scored with the model as the parts before left it; all
+see the same calibration, where the published code draws anew. Scores are then ranks in each block, 0 for the first to
+go.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shortllama import variants
 from shortllama.criteria import Measured, Task, taylor, widths
 from shortllama.criteria.gradients import Sums
 from shortllama.criteria.wanda_sp import OUTPUTS, masked
-from shortllama.criteria.weights import columns, floats, per_group, rows, scored_weights
+from shortllama.criteria.weights import columns, floats, per_group, pieces, rows, scored_weights
 from shortllama.errors import InputError
 from shortllama.shape import BlockShape
 
@@ -121,8 +121,8 @@ def _saliences(task: Task) -> Iterator[tuple[int, _Salience]]:
 
 def _walked(task: Task, gradients: taylor.Gradients) -> Iterator[int]:
     """Yield each block's number once `gradients` has the whole block's, which holds until the next one."""
-    for pieces in taylor.walk(task, gradients, each_sequence=False):
-        yield next(pieces)[0].block
+    for measured in taylor.walk(task, gradients, each_sequence=False):
+        yield next(measured)[0].block
 
 
 def _predicted(task: Task) -> list[int]:
@@ -156,44 +156,43 @@ def _second_order(task: Task, mix: bool) -> Iterator[tuple[int, _Salience]]:
 
 
 class _Moments:
-    """Sums over sequences of squared gradients of a sequence's mean loss and, to mix, of those of its summed loss."""
+    """Sums over sequences: of squared gradients of their mean losses and, to mix, of gradients of their summed losses.
 
-    alone = True
+    The first are made a few rows at a time.
+    """
 
     def __init__(self, mix: bool) -> None:
-        self._mix = mix
-        self._tokens = 0
-        self._moments: dict[Tensor, tuple[Tensor, ...]] = {}
-        # Where a matrix's gradient of one sequence is made: fresh memory for each would cost as much as the product.
-        self._made = torch.empty(0)
+        self._squares: dict[Tensor, Tensor] = {}
+        self._sums = Sums() if mix else None
 
-    def begin(self, ids_BT: Tensor) -> None:
-        """Be told how many tokens the next loss is a sum over."""
-        self._tokens = ids_BT.shape[1] - 1
-
-    def add_product(self, weight: Tensor, back_PO: Tensor, into_PI: Tensor) -> None:
-        """Take a matrix's gradient."""
-        if self._made.numel() < weight.numel() or self._made.dtype != back_PO.dtype:
-            self._made = back_PO.new_empty(weight.numel())
-        gradient = self._made[: weight.numel()].view_as(weight)
-        self.add(weight, torch.mm(back_PO.T, into_PI, out=gradient))
+    def add_product(self, weight: Tensor, back_BTO: Tensor, into_BTI: Tensor) -> None:
+        """Take a matrix's gradients, of one sequence after the other for the same rows."""
+        if self._sums is not None:
+            self._sums.add_product(weight, back_BTO, into_BTI)
+        if weight not in self._squares:
+            self._squares[weight] = torch.zeros_like(weight, dtype=back_BTO.dtype, requires_grad=False)
+        scale = (back_BTO.shape[1] - 1) ** -2
+        first, made = 0, None
+        for (squares,) in pieces(self._squares[weight]):
+            last = first + len(squares)
+            made = torch.empty_like(squares) if made is None else made[: len(squares)]
+            for back_TO, into_TI in zip(back_BTO[..., first:last], into_BTI, strict=True):
+                gradient = torch.mm(back_TO.T, into_TI, out=made)
+                squares.addcmul_(gradient, gradient, value=scale)
+            first = last
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
-        """Take a weight's gradient, which is not kept."""
-        if weight not in self._moments:
-            self._moments[weight] = tuple(torch.zeros_like(gradient) for _ in range(1 + self._mix))
-        squares, *sums = self._moments[weight]
-        squares.addcmul_(gradient, gradient, value=self._tokens**-2)
-        for total in sums:
-            total += gradient
+        """Norms have no part in channels."""
 
     def of(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return the squares, to mix also the sums, of a weight's shape."""
-        return self._moments[weight]
+        return (self._squares[weight],) if self._sums is None else (self._squares[weight], self._sums.of(weight))
 
     def clear(self) -> None:
         """Let go of one block's moments."""
-        self._moments.clear()
+        self._squares.clear()
+        if self._sums is not None:
+            self._sums.clear()
 
 
 # -- channels ---------------------------------------------------------------------------------------------------------

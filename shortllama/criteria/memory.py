@@ -2,8 +2,8 @@
 
 Taylor and llm-pruner go backward block by block (`taylor.walk`). Beside the weights they hold
 
-    gradients       one block's, in float32 at least (`gradients`). Second order has their squares, param_mix both, and
-                    one more of the largest weight. Of a 16-bit model also the largest weight in float32.
+    gradients       one block's, in float32 at least (`gradients`). Second order has their squares, param_mix both. Of a
+                    16-bit model also the largest weight in float32.
     hidden states   what entered each block but the first, and one gradient: L values a token and channel, in memory up
                     to STATES_BYTES and in a file beyond (`boundaries`)
     activations     of one batch in one block, or of its logits
@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from shortllama import calibration, variants
+from shortllama.criteria import TRACED
 from shortllama.families import lookup
 from shortllama.layout import tensors
 from shortllama.shape import BlockShape, ModelShape, item_bytes
@@ -33,12 +34,11 @@ from shortllama.variants import Variant
 # Hidden states of a way back, or of one batch of ppl, at most.
 STATES_BYTES = 1 << 30
 
-# What a batch's activations may take beside gradients: up to this many blocks of gradients together. A tenth of a block
+# What a batch's activations may take beside gradients: up to this many blocks of gradients together. A fifth of a block
 # below the promised one and a half, for what sums and the allocator need.
-_BACKWARD_BLOCKS = 1.4
+_BACKWARD_BLOCKS = 1.3
 
 _TAYLOR = ("taylor", "taylor-sample", "taylor-vector")
-_TRACED = ("bi", "angular", "relative-magnitude", "norm")
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -91,8 +91,10 @@ def need(
     weights = shape.weight_bytes(dtype)
     estimator = variants.estimator_of(variant or Variant())
     backward = criterion in _TAYLOR or (criterion in variants.LLM_PRUNER and estimator not in variants.MAGNITUDES)
-    if not lengths or criterion in ("mag", "mag-sp"):
+    if criterion == "mag-sp":
         return Need(weights, activations=max((block.widened for block in _blocks(shape, dtype)), default=0))
+    if not lengths:
+        return Need(weights)
     if shape.mixer:
         return None
     if backward:
@@ -150,7 +152,14 @@ class _Block(msgspec.Struct, frozen=True):
     def forward(self, length: int) -> int:
         """A forward pass of one sequence without gradients: beyond what enters, with what leaves."""
         hidden, q, k, f = self._widths
-        held = [3 * f + 3 * hidden, 2 * hidden + 4 * q + 2 * k + 2 * self._scores(length), 2 * hidden + 3 * q + 4 * k]
+        scores, fused = self._scores(length), self._fused
+        held = [
+            (4 if fused else 3) * f + 3 * hidden,  # in the FFN
+            2 * hidden + 4 * q + (3 if fused else 2) * k + 2 * scores,  # in the attention
+            2 * hidden + 3 * q + (5 if fused else 4) * k,
+        ]
+        if scores:
+            held.append(2 * hidden + 5 * q + 2 * k + scores)
         if self.item == 2:
             held.append(7 * hidden)  # norms work in float32
         return length * max(held) * self.item
@@ -158,15 +167,22 @@ class _Block(msgspec.Struct, frozen=True):
     def backward(self, length: int) -> int:
         """A forward and a backward pass of one sequence: beyond what enters and its gradient, with what leaves."""
         hidden, q, k, f = self._widths
-        saved = 2 * q + 2 * k + (2 * (q + k) if self.shape.qk_norm else 0) + 3 * self._scores(length)
-        norms = 2 * hidden * (self.shape.norms_per_module - 1)
+        scores, more_norms = self._scores(length), self.shape.norms_per_module - 1
+        saved = 4 * q + 3 * k if self._fused else 4 * q + 2 * scores if scores else 2 * q + 2 * k
+        saved += 2 * (q + k) if self.shape.qk_norm else 0
         held = [
-            6 * f + 6 * hidden + saved + norms,  # in the FFN
-            9 * hidden + saved + norms,  # in its norm
-            4 * hidden + 4 * q + 4 * k + norms,  # in the attention
+            6 * f + (6 + 2 * more_norms) * hidden + saved,  # in the FFN
+            (9 + 5 * more_norms) * hidden + saved,  # in its norm
+            4 * hidden + 4 * q + 4 * k,  # in the attention
+            4 * q + 4 * scores,
         ]
         entering = hidden if self.item == 2 else 0  # in float32 too
         return length * (max(held) + entering) * _wide(self.item)
+
+    @property
+    def _fused(self) -> bool:
+        """Whether q, k and v come out of one matrix, gate and up of another: parts keep the whole alive."""
+        return "qkv" in lookup(self.shape.family).projections
 
     def _scores(self, length: int) -> int:
         """Values of a matrix of attention scores, by token, where the family's attention makes one."""
@@ -221,13 +237,12 @@ def states_backward(shape: ModelShape, tokens: int, dtype: str) -> int:
 
 def _backward(shape: ModelShape, criterion: str, estimator: str, lengths: Sequence[int], dtype: str) -> Need:
     item, blocks = item_bytes(dtype), _blocks(shape, dtype)
-    second = criterion in variants.LLM_PRUNER and estimator in ("param_second", "param_mix")
-    alone = second or criterion == "taylor-sample"
+    alone = criterion == "taylor-sample"
     rows, length = _tokens_together(lengths, lambda length: 1 if alone else rows_backward(shape, length, dtype))
-    sums = 2 if second and estimator == "param_mix" else 1
+    sums = 2 if criterion in variants.LLM_PRUNER and estimator == "param_mix" else 1
 
     def gradients_of(block: _Block) -> int:
-        return sums * block.gradients + (block.largest if second else 0) + block.widened
+        return sums * block.gradients + block.widened
 
     waiting = states_backward(shape, sum(lengths), dtype)
     in_file = waiting > STATES_BYTES
@@ -247,22 +262,28 @@ def _backward(shape: ModelShape, criterion: str, estimator: str, lengths: Sequen
 
 
 def _forward(shape: ModelShape, criterion: str, lengths: Sequence[int], dtype: str, *, iterative: bool) -> Need:
-    item, wide, count = item_bytes(dtype), _wide(item_bytes(dtype)), len(shape.blocks) + 1
+    item, wide = item_bytes(dtype), _wide(item_bytes(dtype))
     rows, length = _tokens_together(lengths, lambda length: rows_forward(shape, length, dtype))
-    batch, hidden, logits = rows * length, shape.hidden, rows * length * shape.vocabulary
-    weights, blocks = shape.weight_bytes(dtype), _blocks(shape, dtype)
+    blocks, weights = _blocks(shape, dtype), shape.weight_bytes(dtype)
+    hidden, boundaries = shape.hidden, len(shape.blocks) + 1
+    state = rows * length * hidden * item  # of one batch at one boundary
+    entering = rows * length * hidden * (0 if item == wide else wide)  # in float32 too
     passing = rows * max((block.forward(length) for block in blocks), default=0)
-    all_states = count * batch * hidden * item
-    if criterion in _TRACED:
-        last = 3 * count * rows * (hidden + count) * 8 if criterion == "angular" else 0
-        return Need(weights, activations=max(passing + batch * hidden * wide, 6 * batch * hidden * wide) + last)
+    width = max(max(size.neurons, size.query_heads * shape.head_dim) for size in shape.blocks)
+    if criterion in TRACED:
+        last = boundaries * rows * hidden * 8 if criterion == "angular" else 0  # tokens' states, in float64
+        return Need(weights, activations=2 * (state + entering) + passing + last)
     if criterion == "wanda-sp":
-        return Need(weights, states=2 * sum(lengths) * hidden * item, activations=passing)
+        squared = rows * length * (2 * hidden * item + width * (item + (wide if item == wide else 2 * wide)))
+        return Need(weights, states=2 * sum(lengths) * hidden * item - state, activations=max(passing, squared))
     if criterion in variants.FLAP:
-        width = max(max(size.neurons, size.query_heads * shape.head_dim) for size in shape.blocks)
-        return Need(weights, states=all_states, activations=passing + 3 * length * width * 8)
-    kept = sum(lengths) * hidden * item if iterative else 0
-    compared = logits * (item + wide * (2 if rows > 1 or item == 2 else 1))
+        return Need(weights, states=(boundaries - 1) * state, activations=passing + 2 * length * width * 8)
+    logits = rows * length * shape.vocabulary
+    compared = logits * (item + wide * (2 if rows > 1 or item < wide else 1))
+    resumed = passing + state
     if criterion == "kl":
-        compared = logits * (item + wide) + 4 * length * shape.vocabulary * wide
-    return Need(weights, states=all_states + kept, activations=max(passing, compared))
+        sequence = 4 * length * shape.vocabulary * wide
+        compared = logits * (item + wide) + max(sequence, logits * wide if item < wide else 0)
+        resumed += logits * wide
+    kept = sum(lengths) * hidden * item if iterative else 0
+    return Need(weights, states=boundaries * state + kept, activations=max(resumed, compared))

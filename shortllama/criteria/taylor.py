@@ -88,7 +88,7 @@ def walk(task: Task, gradients: Gradients, *, each_sequence: bool) -> Iterator[M
     stack, blocks = task.stack, len(task.stack)
     for block in stack.blocks:
         scored_weights(task.adapter, block)  # refuses a block it cannot score before any long work
-    batches = list(_batches(task, alone=each_sequence or gradients.alone))
+    batches = list(_batches(task, alone=each_sequence))
     total = (2 * blocks + 1) * len(batches)
     size = memory.states_backward(task.shape, sum(ids_BT.numel() for ids_BT in batches), task.dtype)
     waiting = Boundaries(size, blocks * len(batches), stack.device)
@@ -102,7 +102,6 @@ def walk(task: Task, gradients: Gradients, *, each_sequence: bool) -> Iterator[M
 
     def way_back(index: int, take_vectors: Callable[[], None]) -> Measuring:
         for number, ids_BT in enumerate(batches):
-            gradients.begin(ids_BT)
             _step_back(stack, index, ids_BT, number, waiting)
             take_vectors()
             task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)

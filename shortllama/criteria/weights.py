@@ -13,8 +13,10 @@ from shortllama.errors import UnsupportedError
 from shortllama.families import Adapter
 from shortllama.removals import Piece
 
-# Values looked at together: few enough to stay in a cache, enough for calls to cost nothing.
+# Values of a tensor looked at together on a CPU: few enough to stay in a cache, enough for calls to cost nothing.
 PIECE = 1 << 16
+# Into how many parts a tensor goes elsewhere, where calls cost more than a cache saves.
+PARTS = 16
 
 
 def scored_weights(adapter: Adapter, block: nn.Module) -> dict[str, nn.Parameter]:
@@ -72,7 +74,9 @@ def columns(of: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the same rows of all tensors, few at a time: what is made of them needs no memory worth naming."""
-    count = max(1, PIECE * len(tensors[0]) // max(1, tensors[0].numel()))
+    first = tensors[0]
+    values = PIECE if first.device.type == "cpu" else max(PIECE, first.numel() // PARTS)
+    count = max(1, values * len(first) // max(1, first.numel()))
     return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
