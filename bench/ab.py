@@ -7,6 +7,7 @@ options become two sides, the cells of a suite, and a folder that is begun or ta
 from __future__ import annotations
 
 import secrets
+import signal
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,7 +106,7 @@ def measure(base: Side, head: Side, asked: Asked, folder: Path, *, resume: bool 
     new = not (folder / FILE).exists()
     design = _begin(folder, document, suites, resume=resume)
     try:
-        with sides.checked_out((base, head)) as roots:
+        with _ending_well(), sides.checked_out((base, head)) as roots:
             plan = _plan(suite, machine, folder, asked.cells, subjects)
             sessions = Sessions(suite, asked.device, plan.places)
 
@@ -121,6 +122,16 @@ def measure(base: Side, head: Side, asked: Asked, folder: Path, *, resume: bool 
     except KeyboardInterrupt:
         console.say(f"{folder}: keeps the pairs that were measured; go on with --resume")
         raise
+
+
+@contextmanager
+def _ending_well() -> Generator[None]:
+    """Take a request to terminate for Ctrl-C, so that worktrees and sessions end with us."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _of_side(suite: Suite, subject: str | None) -> Suite:

@@ -24,12 +24,8 @@ def commands(comparison: Comparison) -> str:
     warnings += comparison.notes
     rows += [("warning", TITLE, text) for text in warnings[:MOST]]
     rows.append(("notice", TITLE, comparison_text.headline(comparison)))
-    return "".join(f"::{level} title={_property(title)}::{_data(text)}\n" for level, title, text in rows)
+    return "".join(f"::{level} title={title}::{_data(text)}\n" for level, title, text in rows)
 
 
 def _data(text: str) -> str:
     return inert(text).replace("%", "%25")
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")

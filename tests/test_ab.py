@@ -435,7 +435,8 @@ def test_an_experiment_goes_on_only_as_what_it_was_begun_as(place: Path, run_com
     assert "is no experiment" in other.stderr
 
 
-def test_ctrl_c_leaves_no_process_and_no_worktree(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_no_process_and_no_worktree(repository: Path, tmp_path: Path, number: int) -> None:
     script = json.dumps({"hang_from": 4})
     process = subprocess.Popen(
         [sys.executable, "-m", "bench", "ab", "--base", "v1", "--head", "v2", *SIMULATED, "--out", tmp_path / "run"],
@@ -451,7 +452,7 @@ def test_ctrl_c_leaves_no_process_and_no_worktree(repository: Path, tmp_path: Pa
         if len(started) >= 3 and worktrees(repository) == 3:  # sweep, its fork server, its child
             break
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, words = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "go on with --resume" in words
