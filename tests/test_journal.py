@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
+import select
 import signal
 import sys
 import time
@@ -320,6 +322,41 @@ def test_several_criteria_go_on_where_each_was(finish, folder: Path, tmp_path: P
     assert sorted(one.name for one in out.iterdir()) == ["bi.json", "kl.json", "ppl.json"]
     finish(*scoring(folder, "kl", tmp_path / "kl.json"))
     assert read_scores(out / "kl.json").digest() == read_scores(tmp_path / "kl.json").digest()
+
+
+# -- on a terminal ----------------------------------------------------------------------------------------------------
+
+
+def on_terminal(name: str, arguments: list[str]) -> None:
+    """Run a command whose stderr is the terminal `name`, and whose parts each take longer than a look at it."""
+    os.environ["TERM"] = "xterm"
+    os.dup2(os.open(name, os.O_RDWR), 2)
+    write = Journal.keep
+
+    def keep(self: Journal, name: object, value: Any) -> None:
+        write(self, name, value)
+        time.sleep(0.15)
+
+    Journal.keep = keep
+    sys.exit(console.run(app, arguments))
+
+
+def test_scoring_shows_progress_and_time_left_on_a_terminal_only(finish, folder: Path, tmp_path: Path):
+    asked = scoring(folder, "ppl", tmp_path / "scores.json")
+    assert finish(*asked) == f"wrote {tmp_path / 'scores.json'}\n"
+    outer, inner = os.openpty()
+    child = CHILDREN.Process(target=on_terminal, args=(os.ttyname(inner), [*map(str, asked)]))
+    child.start()
+    seen = b""
+    while child.is_alive() or select.select([outer], [], [], 0.2)[0]:
+        if select.select([outer], [], [], 0.2)[0]:
+            seen += os.read(outer, 65536)
+    os.close(outer)
+    os.close(inner)
+    assert child.exitcode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    drawn = re.findall(r"ppl scores +\S*[━╸╺]+ *(\d+)/18 +(\d:\d\d:\d\d)", text)
+    assert len({done for done, _ in drawn}) > 1, text
 
 
 def test_every_criterion_either_goes_on_or_is_one_pass():
