@@ -1,6 +1,7 @@
 """Which engines can take a checkpoint as it is, by its shape and config.json alone. Pure.
 
-What is said of an engine was read in its source: transformers 5.23, vLLM 0.11 to main, llama.cpp's `llama` and `deci`.
+What is said of an engine was read in its source: transformers 5.23, vLLM 0.11 to main, and the llama.cpp of
+llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from shortllama.errors import UnsupportedError
 from shortllama.exporting import llamacpp
 from shortllama.families import lookup
 from shortllama.shape import ModelShape
-
 
 _NOT_IN_VLLM = ("rwkv",)
 
@@ -73,4 +73,4 @@ def _llamacpp(shape: ModelShape, config: configs.Config) -> Fit:
     except UnsupportedError as error:
         return Fit("llama.cpp", False, str(error))
     name = llamacpp.architecture(after)
-    return Fit("llama.cpp", True, f"as {name}, by export --to gguf with a SentencePiece-like tokenizer")
+    return Fit("llama.cpp", True, f"as {name}, by export --to gguf, where that knows its tokenizer")

@@ -1,8 +1,8 @@
-"""A GGUF file run by the rules of llama.cpp's `llama` and `deci`, in numpy: a second way to read it.
+"""A GGUF file run by the rules of llama.cpp's architectures, in numpy: a second way to read it.
 
-Follows llama.cpp where it differs from transformers: neighbouring pairs are rotated; `llama` applies block 0's sizes to
-every block; `deci` reads the head size at block 0 and drops the attention of a block without FFN; SPM joins the pair
-with the highest score.
+Follows llama.cpp where it differs from transformers: `llama` and `deci` rotate neighbouring pairs; all but `deci` apply
+block 0's sizes to every block; `deci` reads the head size at block 0 and drops the attention of a block without FFN;
+SPM joins the pair with the highest score; byte-level BPE splits by the rules that are known by name.
 """
 
 from __future__ import annotations
@@ -13,8 +13,25 @@ from typing import Any
 
 import gguf
 import numpy as np
+import regex
+
+from shortllama.exporting.bytelevel import alphabet
 
 _SPACE = "\u2581"
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What llama.cpp splits by, one after the other, and whether it takes words that are tokens whole.
+_SPLITS = {
+    "llama-bpe": ([_LLAMA3], True),
+    "dbrx": ([_LLAMA3], False),
+    "qwen2": ([_LLAMA3.replace("{1,3}", "")], False),
+    "gpt-2": ([_GPT2], False),
+    "smollm": ([r"\p{N}", _GPT2], False),
+}
 
 
 class Gguf:
@@ -38,7 +55,7 @@ class Gguf:
         """A size of every block; `llama` has one for all."""
         blocks = self.value(f"{self.architecture}.block_count")
         found = self.value(f"{self.architecture}.{name}")
-        assert isinstance(found, int) == (self.architecture == "llama")
+        assert isinstance(found, int) == (self.architecture != "deci")
         return [found] * blocks if isinstance(found, int) else found
 
     def logits(self, ids: list[int]) -> np.ndarray:
@@ -54,8 +71,12 @@ class Gguf:
             if not neurons:
                 continue  # whatever was attended is lost
             normed = self._norm(attended, f"blk.{index}.ffn_norm")
-            gate = self._linear(normed, f"blk.{index}.ffn_gate")
-            hidden = gate / (1 + np.exp(-gate)) * self._linear(normed, f"blk.{index}.ffn_up")
+            up = self._linear(normed, f"blk.{index}.ffn_up")
+            if self.architecture == "phi3":
+                gate, up = np.split(up, 2, axis=-1)
+            else:
+                gate = self._linear(normed, f"blk.{index}.ffn_gate")
+            hidden = gate / (1 + np.exp(-gate)) * up
             assert hidden.shape[1] == neurons
             x = attended + self._linear(hidden, f"blk.{index}.ffn_down")
         head = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
@@ -65,10 +86,15 @@ class Gguf:
         size = self.value(f"{self.architecture}.attention.key_length")
         assert size == self.value(f"{self.architecture}.rope.dimension_count")
         normed = self._norm(x, f"blk.{index}.attn_norm")
-        q, k, v = (
-            self._linear(normed, f"blk.{index}.attn_{name}").reshape(len(x), count, size)
-            for name, count in (("q", heads), ("k", groups), ("v", groups))
-        )
+        if self.architecture == "phi3":
+            joined = self._linear(normed, f"blk.{index}.attn_qkv")
+            parts = np.split(joined, [heads * size, (heads + groups) * size], axis=-1)
+        else:
+            parts = [self._linear(normed, f"blk.{index}.attn_{name}") for name in "qkv"]
+        q, k, v = (part.reshape(len(x), -1, size) for part in parts)
+        assert (q.shape[1], k.shape[1], v.shape[1]) == (heads, groups, groups)
+        if self.architecture == "qwen3":
+            q, k = self._norm(q, f"blk.{index}.attn_q_norm"), self._norm(k, f"blk.{index}.attn_k_norm")
         q, k = self._rotate(q), self._rotate(k)
         k, v = (np.repeat(part, heads // groups, axis=1) for part in (k, v))
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size)
@@ -85,6 +111,11 @@ class Gguf:
         if self.value(f"{self.architecture}.rope.scaling.type") == "linear":
             angles /= self.value(f"{self.architecture}.rope.scaling.factor")
         angles = (angles / self.tensors.get("rope_freqs.weight", 1.0))[:, None]
+        if self.architecture not in ("llama", "deci"):
+            first, second = x[..., :half], x[..., half:]
+            return np.concatenate(
+                [first * np.cos(angles) - second * np.sin(angles), first * np.sin(angles) + second * np.cos(angles)], -1
+            )
         even, odd = x[..., 0::2], x[..., 1::2]
         turned = [even * np.cos(angles) - odd * np.sin(angles), even * np.sin(angles) + odd * np.cos(angles)]
         return np.stack(turned, -1).reshape(x.shape)
@@ -97,7 +128,34 @@ class Gguf:
         return x @ self.tensors[f"{name}.weight"].T + self.tensors.get(f"{name}.bias", 0.0)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids by llama.cpp's SPM: join the pair of the highest score, left first; bytes for what is unknown."""
+        """Token ids by llama.cpp's rules for the file's kind of vocabulary."""
+        start = [self.value("tokenizer.ggml.bos_token_id")] if self.value("tokenizer.ggml.add_bos_token") else []
+        end = [self.value("tokenizer.ggml.eos_token_id")] if self.value("tokenizer.ggml.add_eos_token") else []
+        kinds = {"llama": self._joined_by_score, "gpt2": self._joined_by_rank}
+        return start + kinds[self.value("tokenizer.ggml.model")](text) + end
+
+    def _joined_by_rank(self, text: str) -> list[int]:
+        """Byte-level BPE: split, then join the pair of the lowest rank, left first."""
+        patterns, whole_words = _SPLITS[self.value("tokenizer.ggml.pre")]
+        words = [text]
+        for pattern in patterns:
+            words = [part for word in words for part in regex.split(f"({pattern})", word) if part]
+        tokens = {token: number for number, token in enumerate(self.value("tokenizer.ggml.tokens"))}
+        ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(self.value("tokenizer.ggml.merges"))}
+        signs = alphabet()
+        ids: list[int] = []
+        for word in words:
+            pieces = [signs[byte] for byte in word.encode()]
+            if whole_words and "".join(pieces) in tokens:
+                pieces = ["".join(pieces)]
+            while joined := [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]:
+                at = min(joined)[1]
+                pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+            ids += [tokens[piece] for piece in pieces]
+        return ids
+
+    def _joined_by_score(self, text: str) -> list[int]:
+        """SPM: join the pair of the highest score, left first; bytes for what is unknown."""
         tokens = {token: number for number, token in enumerate(self.value("tokenizer.ggml.tokens"))}
         scores = self.value("tokenizer.ggml.scores")
         if text and self.value("tokenizer.ggml.add_space_prefix"):
@@ -110,5 +168,4 @@ class Gguf:
             at = -max(joined)[1]
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         ids = [[tokens[p]] if p in tokens else [tokens[f"<0x{byte:02X}>"] for byte in p.encode()] for p in pieces]
-        start = [self.value("tokenizer.ggml.bos_token_id")] if self.value("tokenizer.ggml.add_bos_token") else []
-        return start + [number for found in ids for number in found]
+        return [number for found in ids for number in found]

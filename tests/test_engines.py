@@ -27,8 +27,8 @@ def written(shape: ModelShape, **changes: Any) -> configs.Config:
     return configs.stock_config(config, shape) or configs.own_config(config, shape)
 
 
-def mixed(*blocks: tuple[int, int, int]) -> ModelShape:
-    return msgspec.structs.replace(shape_like(), blocks=tuple(BlockShape(*block) for block in blocks))
+def mixed(*blocks: tuple[int, int, int], **changes: Any) -> ModelShape:
+    return msgspec.structs.replace(shape_like(**changes), blocks=tuple(BlockShape(*block) for block in blocks))
 
 
 QKV = ("q", "k", "v")
@@ -39,9 +39,13 @@ CASES = {
     "modules": (mixed((0, 0, 9), (28, 7, 0)), {}, {"llama.cpp"}, "without attention or FFN"),
     "partial biases": (shape_like(27, 9, biases=("o", "down")), {}, {"llama.cpp"}, "biases o, down"),
     "seed_oss": (shape_like(27, 9, biases=("o",)), {}, {"transformers", "llama.cpp"}, "q, k, v only"),
-    "seed_oss in vLLM": (shape_like(27, 9, biases=QKV), {}, {"transformers", "vLLM"}, "query bias"),
+    "seed_oss in vLLM": (shape_like(27, 9, biases=QKV), {}, ALL, "as seed_oss"),
     "small heads": (shape_like(head_dim=16), {}, {"transformers", "llama.cpp"}, "32 to 256"),
-    "qwen3": (shape_like(family="qwen3", qk_norm=True), {}, {"transformers", "vLLM"}, "qwen3"),
+    "qwen3": (shape_like(family="qwen3", qk_norm=True), {}, ALL, "as qwen3, by export"),
+    "qwen3 widths": (mixed((32, 8, 9), (28, 7, 9), family="qwen3", qk_norm=True), {}, NONE, "one size for all blocks"),
+    "queries a group": (shape_like(24, 8), {}, ALL, "as mistral"),
+    "queries of each block": (mixed((32, 8, 9), (24, 8, 9)), {}, {"llama.cpp"}, "as deci"),
+    "phi3": (shape_like(family="phi3"), {}, ALL, "as phi3, by export"),
     "window": (shape_like(family="mistral"), {"sliding_window": 8}, {"transformers", "vLLM"}, "sliding window"),
     "rotary": (
         shape_like(),
@@ -97,4 +101,5 @@ def test_what_the_paper_calls_a_model_fits_where_the_rules_say(name: str):
     assert by_name["transformers"].can == by_name["vLLM"].can == uniform
     assert by_name["llama.cpp"].can == (shape.family in llamacpp.FAMILIES)
     if by_name["llama.cpp"].can:
-        assert by_name["llama.cpp"].why.startswith("as llama," if uniform else "as deci,")
+        own = llamacpp.FAMILIES[shape.family]
+        assert by_name["llama.cpp"].why.startswith(f"as {own.name if uniform else own.varied},")

@@ -11,81 +11,18 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from gguf_cases import GGUF, IDS, QWEN2, QWEN3, SPLITS, TEXTS, byte_level_files, shape_like, written
 from gguf_model import Gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import plan_of, shapes
+from strategies import shapes
 from transformers import AutoModelForCausalLM
 
 from shortllama import checkpoint, configs, console, display, exporting, layout, sources, surgery, verification
 from shortllama.cli import app
 from shortllama.errors import InputError, UnsupportedError
-from shortllama.exporting import llamacpp, padding, vocabulary
-from shortllama.plans import BlockKeep
+from shortllama.exporting import bytelevel, llamacpp, padding, vocabulary
 from shortllama.shape import BlockShape, ModelShape
-
-IDS = [1, 30, 22, 5, 17, 8, 41, 3]
-SPACE = "\u2581"
-
-
-def shape_like(*blocks: tuple[int, int, int], **changes: Any) -> ModelShape:
-    """Blocks of (query heads, KV heads, neurons) at hidden 64, heads of 8."""
-    fields = {"family": "llama", "vocabulary": 300, "hidden": 64, "head_dim": 8, "tied": False}
-    return ModelShape(**{**fields, **changes}, blocks=tuple(BlockShape(*block) for block in blocks))
-
-
-def tokenizer_files(folder: Path, *words: str) -> None:
-    """A byte-fallback BPE tokenizer as converted from SentencePiece: every way to split a token is a merge."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *"adehinot"]
-    merges: list[list[str]] = []
-    for word in words or (f"{SPACE}t", "he", f"{SPACE}the", "in", "on", f"{SPACE}on"):
-        tokens.append(word)
-        merges += [[word[:i], word[i:]] for i in range(1, len(word)) if word[:i] in tokens and word[i:] in tokens]
-    special = [{"id": i, "content": tokens[i], "special": True} for i in range(3)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{**one, **flags} for one in special],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": {"type": "ByteFallback"},
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": merges,
-        },
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(document))
-    config = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def written(folder: Path, shape: ModelShape, dtype: str = "float64", **config: Any) -> torch.nn.Module:
-    """Write a model of `shape` with random weights to `folder`; returns it."""
-    model = surgery.build(shape, dtype=dtype, std=0.15)
-    for name, value in config.items():
-        setattr(model.config, name, value)
-    keep = tuple(BlockKeep(i) for i in range(len(shape.blocks)))
-    checkpoint.save(model, plan_of(shape, keep), folder)
-    tokenizer_files(folder)
-    return model
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -95,8 +32,6 @@ def logits(model: Any) -> torch.Tensor:
 
 # -- padded -----------------------------------------------------------------------------------------------------------
 
-QWEN3 = {"family": "qwen3", "qk_norm": True}
-QWEN2 = {"family": "qwen2", "biases": ("q", "k", "v")}
 PADDED = {
     "groups and neurons": (shape_like((8, 4, 96), (4, 2, 40), (6, 3, 17)), "llama"),
     "heads that llama refuses": (shape_like((6, 3, 96), (4, 2, 40)), "mistral"),
@@ -214,41 +149,6 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
 
 # -- gguf -------------------------------------------------------------------------------------------------------------
 
-GGUF = {
-    "uniform": (shape_like((8, 4, 96), (8, 4, 96)), "llama", "float32", {}),
-    "uniform, odd heads": (shape_like((6, 3, 96), (6, 3, 96), tied=True), "llama", "float16", {}),
-    "widths": (shape_like((8, 4, 96), (4, 2, 40), (6, 3, 17), tied=True), "deci", "float32", {}),
-    "queries": (shape_like((6, 2, 96), (6, 2, 96)), "llama", "float32", {}),
-    "queries of each block": (shape_like((8, 2, 96), (4, 2, 40), (6, 1, 17)), "deci", "float32", {}),
-    "first without attention": (shape_like((0, 0, 40), (6, 3, 17), (0, 0, 8)), "deci", "float32", {}),
-    "without FFN": (shape_like((8, 4, 40), (6, 3, 0), (4, 2, 0)), "deci", "bfloat16", {}),
-    "empty blocks": (shape_like((0, 0, 0), (6, 3, 9), (0, 0, 0), (4, 2, 6)), "deci", "float32", {}),
-    "compensated": (shape_like((8, 4, 96), (4, 2, 40), biases=("o", "down")), "deci", "float32", {}),
-    "biases": (shape_like((8, 4, 9), (8, 2, 9), biases=("q", "k", "v")), "deci", "float32", {}),
-    "qwen2": (shape_like((8, 4, 9), (8, 4, 9), **QWEN2), "llama", "float32", {}),
-    "linear": (
-        shape_like((8, 4, 96)),
-        "llama",
-        "float32",
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}},
-    ),
-    "llama3": (
-        shape_like((8, 4, 96), (4, 2, 96)),
-        "deci",
-        "float32",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
-}
-
 
 @pytest.mark.parametrize("name", GGUF)
 def test_a_gguf_file_read_by_the_rules_of_llama_cpp_computes_the_same(tmp_path: Path, name: str):
@@ -289,17 +189,6 @@ def test_a_gguf_file_holds_the_weights_bit_for_bit(tmp_path: Path):
     assert not np.array_equal(expected, q)
 
 
-TEXTS = [
-    "the tin on the tot",
-    "  two  spaces ",
-    "a\nline",
-    "caf\u00e9 \U0001f642",
-    "",
-    "tttthehehe on in the",
-    "<s> </s>",
-]
-
-
 @pytest.mark.parametrize("where", ["small", "stories"])
 def test_the_vocabulary_tokenizes_like_the_tokenizer(tmp_path: Path, where: str, request: pytest.FixtureRequest):
     from tokenizers import Tokenizer
@@ -312,7 +201,7 @@ def test_the_vocabulary_tokenizes_like_the_tokenizer(tmp_path: Path, where: str,
     exporting.export(folder, "gguf", tmp_path / "out")
     read = Gguf(tmp_path / "out" / "model.gguf")
     original = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text in TEXTS[:-1]:
+    for text in TEXTS:
         assert read.encode(text) == (original.encode(text).ids if text else [1]), text
     assert read.value("tokenizer.ggml.bos_token_id") == 1
     assert read.value("tokenizer.ggml.eos_token_id") == 2
@@ -342,7 +231,7 @@ def _config(folder: Path, **changes: Any) -> None:
 
 
 ODD = {
-    "byte-level": (lambda folder: _tokenizer(folder, model={"byte_fallback": False}), "byte-level BPE"),
+    "byte-level": (lambda folder: _tokenizer(folder, model={"byte_fallback": False}), "splits text by None"),
     "unigram": (lambda folder: _tokenizer(folder, model={"type": "Unigram"}), "Unigram model"),
     "normalizer": (lambda folder: _tokenizer(folder, normalizer={"normalizers": [{"type": "NFKC"}]}), "NFKC"),
     "splitter": (lambda folder: _tokenizer(folder, pre_tokenizer={"type": "Digits"}), "Digits"),
@@ -366,14 +255,127 @@ def test_what_a_gguf_file_cannot_hold_is_refused_in_one_line(tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("shape", "config", "says"),
     [
-        (shape_like((8, 4, 9), **QWEN3), {}, "qwen3"),
-        (shape_like((6, 3, 9), **QWEN2), {}, "query bias of the hidden size 64; 6 heads"),
+        (shape_like((8, 4, 9), family="gemma2"), {}, "a gemma2 model: llama.cpp rounds its activation"),
+        (shape_like((8, 4, 9), **{**QWEN3, "biases": ("q", "k", "v", "o")}), {}, "qwen3 has no bias on o"),
+        (shape_like((8, 4, 9), **QWEN3), {"rope_parameters": {"rope_type": "llama3"}}, "no rotary scaling 'llama3'"),
+        (shape_like((8, 4, 9)), {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (shape_like((6, 3, 9), family="phi3"), {}, "fill the hidden size 64, these have 48"),
         (shape_like((8, 4, 9), family="mistral"), {"sliding_window": 16}, "sliding window"),
     ],
 )
 def test_models_that_llama_cpp_computes_otherwise_are_refused(shape: ModelShape, config: dict[str, Any], says: str):
     with pytest.raises(UnsupportedError, match=says):
         llamacpp.refuse(shape, {**configs.config_of(shape), **config})
+
+
+@pytest.mark.parametrize("shape", [shape_like((8, 4, 9), (8, 4, 8), **QWEN3), shape_like((8, 4, 0), **QWEN3)])
+def test_architectures_with_one_size_for_all_blocks_say_so(shape: ModelShape):
+    with pytest.raises(UnsupportedError, match="qwen3 has one size for all blocks; export --to padded first"):
+        llamacpp.expressible(shape)
+
+
+def test_a_padded_folder_goes_where_the_unpadded_cannot(tmp_path: Path):
+    own = written(tmp_path / "own", shape_like((8, 4, 96), (4, 2, 40), **QWEN3), "float32")
+    with pytest.raises(UnsupportedError, match="export --to padded first"):
+        exporting.export(tmp_path / "own", "gguf", tmp_path / "out")
+    exporting.export(tmp_path / "own", "padded", tmp_path / "padded")
+    exporting.export(tmp_path / "padded", "gguf", tmp_path / "out")
+    expected = logits(own).numpy()
+    assert np.abs(Gguf(tmp_path / "out" / "model.gguf").logits(IDS) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_byte_level_vocabulary_tokenizes_like_the_tokenizer(tmp_path: Path, split: str):
+    from tokenizers import Tokenizer
+
+    written(tmp_path / "own", shape_like((8, 4, 9), vocabulary=420), "float32")
+    byte_level_files(tmp_path / "own", split)
+    exporting.export(tmp_path / "own", "gguf", tmp_path / "out")
+    read = Gguf(tmp_path / "out" / "model.gguf")
+    original = Tokenizer.from_file(str(tmp_path / "own" / "tokenizer.json"))
+    assert (read.value("tokenizer.ggml.model"), read.value("tokenizer.ggml.pre")) == ("gpt2", split)
+    for text in TEXTS:
+        assert read.encode(text) == original.encode(text).ids, text
+    types = dict(zip(read.value("tokenizer.ggml.tokens"), read.value("tokenizer.ggml.token_type"), strict=True))
+    kinds = {"<bos>": vocabulary.CONTROL, "<tool>": vocabulary.USER_DEFINED, "the": vocabulary.NORMAL}
+    assert {token: types[token] for token in kinds} == kinds
+    assert list(types.values())[-1] == vocabulary.UNUSED
+    assert read.value("tokenizer.ggml.eos_token_id") == original.token_to_id("<eos>")
+
+
+def test_the_alphabet_of_bytes_is_that_of_the_tokenizers():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    assert sorted(bytelevel.alphabet()) == sorted(ByteLevel.alphabet())
+    signs = bytelevel.alphabet()
+    encoded = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("\u00e9 \n")[0][0]
+    assert encoded == "".join(signs[byte] for byte in "\u00e9 \n".encode())
+
+
+def _byte_level(change: Any) -> Any:
+    def spoil(folder: Path) -> None:
+        byte_level_files(folder, "qwen2", vocabulary=280)
+        document = json.loads((folder / "tokenizer.json").read_text())
+        change(document)
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+
+    return spoil
+
+
+def _split(document: Any) -> Any:
+    return document["pre_tokenizer"]["pretokenizers"][0]
+
+
+ODD_BYTE_LEVEL = {
+    "rule": (
+        lambda d: _split(d)["pattern"].update(Regex="[0-9]+"),
+        r"splits text by '\[0-9\]\+'.*dbrx, gpt-2, llama-bpe",
+    ),
+    "behaviour": (lambda d: _split(d).update(behavior="Removed"), "splits text by Split"),
+    "words taken whole": (lambda d: d["model"].update(ignore_merges=True), "splits text by"),
+    "bytes only": (lambda d: d.update(pre_tokenizer={"type": "ByteLevel", "use_regex": False}), "space put in front"),
+    "three steps": (lambda d: d["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits"}), "Digits then Split"),
+    "normalizer": (lambda d: d.update(normalizer={"type": "NFKC"}), "NFKC in front"),
+    "dropout": (lambda d: d["model"].update(dropout=0.1), "dropout 0.1"),
+    "a byte": (lambda d: d["model"]["vocab"].pop("!"), r"no token for byte 33 \(1 of 256"),
+    "template": (
+        lambda d: d["post_processor"]["processors"][1]["single"].insert(0, {"SpecialToken": {"id": "<eos>"}}),
+        "puts <eos>, <bos> around a text",
+    ),
+    "post-processor": (lambda d: d.update(post_processor={"type": "RobertaProcessing"}), "ends with RobertaProcessing"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_BYTE_LEVEL)
+def test_byte_level_tokenizers_without_an_exact_rule_are_refused(tmp_path: Path, name: str):
+    written(tmp_path / "own", shape_like((8, 4, 9)), "float32")
+    change, says = ODD_BYTE_LEVEL[name]
+    _byte_level(change)(tmp_path / "own")
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        exporting.export(tmp_path / "own", "gguf", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_level_tokenizer_needs_an_end_of_text(tmp_path: Path):
+    written(tmp_path / "own", shape_like((8, 4, 9)), "float32")
+    byte_level_files(tmp_path / "own", "llama-bpe", vocabulary=280)
+    (tmp_path / "own" / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
+    with pytest.raises(UnsupportedError, match="names no eos_token"):
+        exporting.export(tmp_path / "own", "gguf", tmp_path / "out")
+
+
+def test_nfc_is_let_through_and_an_end_of_text_behind_is_written(tmp_path: Path):
+    written(tmp_path / "own", shape_like((8, 4, 9)), "float32")
+
+    def change(document: Any) -> None:
+        document["normalizer"] = {"type": "NFC"}
+        document["post_processor"]["processors"][1]["single"].append({"SpecialToken": {"id": "<eos>"}})
+
+    _byte_level(change)(tmp_path / "own")
+    exporting.export(tmp_path / "own", "gguf", tmp_path / "out")
+    read = Gguf(tmp_path / "out" / "model.gguf")
+    assert (read.value("tokenizer.ggml.add_bos_token"), read.value("tokenizer.ggml.add_eos_token")) == (True, True)
 
 
 def test_float64_weights_have_no_place_in_a_gguf_file(tmp_path: Path):

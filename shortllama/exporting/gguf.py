@@ -1,7 +1,8 @@
-"""Write a checkpoint as one GGUF file for llama.cpp: `llama` where all blocks are alike, else `deci`.
+"""Write a checkpoint as one GGUF file for llama.cpp, in the architecture that `llamacpp` names.
 
 The weights are the source's, bit for bit, but for vectors, which llama.cpp needs in float32, and for the order of the
-rows of q and k: llama.cpp rotates neighbouring pairs, transformers the two halves of a head. Needs the extra `gguf`.
+rows of q and k where an architecture rotates neighbouring pairs: transformers rotates the two halves of a head. Needs
+the extra `gguf`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from shortllama.digests import digest_of
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.exporting import MARK, Export
 from shortllama.exporting.arrays import Opened, load, opened
-from shortllama.exporting.llamacpp import architecture, expressible, refuse, rope
+from shortllama.exporting.llamacpp import architecture, expressible, refuse, rope, rotates_pairs
 from shortllama.exporting.padding import Placed, placements
 from shortllama.exporting.vocabulary import Vocabulary, from_tokenizer
 from shortllama.families import lookup
@@ -35,6 +36,8 @@ _BLOCK_NAMES = {
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
+    "qkv": "attn_qkv",
+    "gate_up": "ffn_up",
 }
 
 # llama.cpp's general.file_type of a file whose matrices have this dtype.
@@ -47,13 +50,13 @@ def export(model: str | Path, out: Path) -> Export:
     source = opened(model)
     refuse(source.shape, source.config)
     kept, after = expressible(source.shape)
-    vocabulary = _vocabulary(source.folder, source.shape.vocabulary)
+    vocabulary, chat_template = _vocabulary(source.folder, source.shape.vocabulary)
     checkpoint.refuse_own_folder(out, source.folder)
     arch = architecture(after)
     with files.new_folder(out, MARK) as folder:
         writer = gguf.GGUFWriter(folder / FILE, arch)
         _describe(writer, source, after)
-        _add_vocabulary(writer, vocabulary, _chat_template(source.folder))
+        _add_vocabulary(writer, vocabulary, chat_template)
         _write_tensors(gguf, writer, source, _tensors(source.shape, kept, after))
         record = Export(
             form="gguf",
@@ -129,30 +132,35 @@ def _code(dtype: str) -> str:
     return code
 
 
-def _vocabulary(folder: Path, size: int) -> Vocabulary:
-    file = folder / "tokenizer.json"
+def _vocabulary(folder: Path, size: int) -> tuple[Vocabulary, str | None]:
+    """Return the vocabulary of a folder's tokenizer, and its chat template if it has one."""
+    file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
     if not file.is_file():
         raise InputError(
             f"{folder}: no tokenizer.json, which a GGUF file must hold; save the tokenizer with transformers"
         )
     config = folder / "tokenizer_config.json"
     found = files.decode_json(files.read_bytes(config), dict[str, Any], str(config)) if config.is_file() else {}
-    return from_tokenizer(files.decode_json(files.read_bytes(file), dict[str, Any], str(file)), found, size)
-
-
-def _chat_template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    return files.read_bytes(file).decode() if file.is_file() else None
+    vocabulary = from_tokenizer(files.decode_json(files.read_bytes(file), dict[str, Any], str(file)), found, size)
+    if template.is_file():
+        return vocabulary, files.read_bytes(template).decode()
+    older = found.get("chat_template")
+    return vocabulary, older if isinstance(older, str) else None
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary, chat_template: str | None) -> None:
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
+    if vocabulary.pre is None:
+        writer.add_token_scores(vocabulary.scores)
+    else:
+        writer.add_tokenizer_pre(vocabulary.pre)
+        writer.add_token_merges(vocabulary.merges)
     for name, number in vocabulary.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
@@ -175,8 +183,10 @@ def _tensors(shape: ModelShape, kept: tuple[int, ...], after: ModelShape) -> dic
         names |= {f"{start}{path}": f"blk.{position}.{_BLOCK_NAMES[s]}" for s, path in family.projections.items()}
         names |= {f"{start}{family.attention_norms[0]}": f"blk.{position}.attn_norm"}
         names |= {f"{start}{family.mlp_norms[0]}": f"blk.{position}.ffn_norm"}
-        heads |= {f"{start}{family.projections['q']}": whole[index].query_heads}
-        heads |= {f"{start}{family.projections['k']}": whole[index].kv_heads}
+        names |= {f"{start}{path}": f"blk.{position}.attn_{path.split('.')[-1]}" for path in family.head_norms}
+        if rotates_pairs(shape):
+            heads |= {f"{start}{family.projections['q']}": whole[index].query_heads}
+            heads |= {f"{start}{family.projections['k']}": whole[index].kv_heads}
     found: dict[str, tuple[Placed, int]] = {}
     for name, one in placed.items():
         module, _, leaf = name.rpartition(".")

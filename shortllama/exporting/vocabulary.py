@@ -1,5 +1,6 @@
-"""A byte-fallback BPE tokenizer.json as the SentencePiece vocabulary of a GGUF file. Pure: a dict in, lists out.
+"""A tokenizer.json as the vocabulary of a GGUF file. Pure: a dict in, lists out.
 
+A byte-level BPE (Llama 3, Qwen) stays one (`bytelevel`). A byte-fallback BPE becomes a SentencePiece vocabulary:
 llama.cpp's tokenizer "llama" (SPM) joins the adjacent pair whose joined token has the highest score; a BPE joins the
 pair of the lowest rank. With minus the rank as the score both do the same, where every way to split a token is a
 merge, as in tokenizers converted from SentencePiece.
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 
 from shortllama.errors import UnsupportedError
+from shortllama.exporting import bytelevel
 
 # llama.cpp's token types (gguf.TokenType), by number so that no library is needed to read a tokenizer.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -25,27 +27,34 @@ _NO_MERGE = -1e4
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """Tokens by id, with scores and llama.cpp's types; ids of special tokens; what is put in front of a text."""
+    """Tokens by id, with scores and llama.cpp's types; ids of special tokens; what is put around a text.
 
+    `model`: llama.cpp's name of the algorithm, "llama" (SentencePiece) or "gpt2" (byte-level BPE); the latter has
+    `merges` in rank order and the name `pre` of how it splits text, and no scores.
+    """
+
+    model: str
     tokens: list[str]
     scores: list[float]
     types: list[int]
     special: dict[str, int]
     add_bos: bool
+    add_eos: bool
     add_space_prefix: bool
+    merges: list[str] = []
+    pre: str | None = None
 
 
 def from_tokenizer(document: dict[str, Any], config: dict[str, Any], size: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer.json for a model with `size` embeddings.
 
     `config` is tokenizer_config.json. Embeddings beyond the tokenizer become unused tokens.
-    Raises UnsupportedError for any tokenizer that SPM does not reproduce.
+    Raises UnsupportedError for any tokenizer that llama.cpp does not reproduce.
     """
     model = document.get("model") or {}
-    if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        kind = "byte-level BPE" if model.get("type") == "BPE" else f"{model.get('type', 'no')} model"
+    if model.get("type") != "BPE":
         raise UnsupportedError(
-            f"tokenizer.json is a {kind}; a GGUF file is written for byte-fallback BPE (Llama 1 and 2) only"
+            f"tokenizer.json is a {model.get('type', 'no')} model; a GGUF file is written for BPE only"
         )
     ids: dict[str, int] = model["vocab"]
     added = {one["id"]: one for one in document.get("added_tokens") or []}
@@ -54,19 +63,24 @@ def from_tokenizer(document: dict[str, Any], config: dict[str, Any], size: int) 
         raise UnsupportedError(
             f"tokenizer.json has token {max(by_id)}, the model {size} embeddings; do they belong together?"
         )
+    special = _special(config, {token: number for number, token in by_id.items()}, model.get("unk_token"))
+    add_bos, add_eos = _surroundings(document, config, special, by_id)
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
+    common = {"tokens": tokens, "special": special, "add_bos": add_bos, "add_eos": add_eos}
+    types = [_type(number, by_id, added, special) for number in range(size)]
+    if not model.get("byte_fallback"):
+        pre, merges = bytelevel.pre_tokenizer(document), bytelevel.merges(model)
+        if "eos" not in special:
+            raise UnsupportedError(
+                "tokenizer_config.json names no eos_token, for which llama.cpp takes token 11 of a byte-level tokenizer"
+            )
+        types = [NORMAL if kind == BYTE else kind for kind in types]
+        return Vocabulary("gpt2", scores=[], types=types, add_space_prefix=False, merges=merges, pre=pre, **common)
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
-    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
-    special = _special(config, {token: number for number, token in by_id.items()}, model.get("unk_token"))
-    return Vocabulary(
-        tokens=tokens,
-        scores=[-float(ranks[token]) if token in ranks else _NO_MERGE for token in tokens],
-        types=[_type(number, by_id, added, special) for number in range(size)],
-        special=special,
-        add_bos=_adds_bos(document, config),
-        add_space_prefix=_adds_space(document),
-    )
+    scores = [-float(ranks[token]) if token in ranks else _NO_MERGE for token in tokens]
+    return Vocabulary("llama", scores=scores, types=types, add_space_prefix=_adds_space(document), **common)
 
 
 def _type(number: int, by_id: dict[int, str], added: dict[int, Any], special: dict[str, int]) -> int:
@@ -90,13 +104,32 @@ def _special(config: dict[str, Any], ids: dict[str, int], unknown: str | None) -
     return found
 
 
-def _adds_bos(document: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether encoding a text puts BOS in front: the post-processor decides, its absence leaves it to the config."""
+def _surroundings(
+    document: dict[str, Any], config: dict[str, Any], special: dict[str, int], by_id: dict[int, str]
+) -> tuple[bool, bool]:
+    """Whether encoding puts BOS in front of a text and EOS behind it: the post-processor decides, else the config.
+
+    Raises UnsupportedError where it puts anything else around a text.
+    """
     processor = document.get("post_processor")
     if processor is None:
-        return bool(config.get("add_bos_token", False))
-    steps = processor.get("processors", [processor])
-    return any("SpecialToken" in step["single"][0] for step in steps if step.get("single"))
+        return bool(config.get("add_bos_token", False)), bool(config.get("add_eos_token", False))
+    found = (False, False)
+    for step in processor.get("processors", [processor]):
+        if step.get("type") == "ByteLevel":
+            continue
+        if step.get("type") != "TemplateProcessing":
+            raise UnsupportedError(f"tokenizer.json ends with {step.get('type')}, which a GGUF file cannot hold")
+        signs = [part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in step["single"]]
+        at = signs.index(None)
+        allowed = [[], [by_id.get(special.get("bos", -1))]], [[], [by_id.get(special.get("eos", -1))]]
+        if signs[:at] not in allowed[0] or signs[at + 1 :] not in allowed[1]:
+            raise UnsupportedError(
+                f"tokenizer.json puts {', '.join(sign for sign in signs if sign)} around a text; a GGUF file can hold "
+                "its bos_token in front and its eos_token behind"
+            )
+        found = bool(signs[:at]), bool(signs[at + 1 :])
+    return found
 
 
 def _adds_space(document: dict[str, Any]) -> bool:
