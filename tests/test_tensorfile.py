@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from shortllama import tensorfile
+from shortllama import digests, tensorfile
 from shortllama.digests import digest_of
 from shortllama.errors import InputError
 from shortllama.tensorfile import Planned
@@ -40,11 +45,11 @@ def content(one: tensorfile.Stored) -> bytes:
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path):
-    digests = tensorfile.write_folder(tmp_path, planned(ARRAYS), 10**9)
+    written = tensorfile.write_folder(tmp_path, planned(ARRAYS), 10**9)
     read = load_file(tmp_path / tensorfile.SINGLE)
     assert read.keys() == ARRAYS.keys()
     assert all(np.array_equal(read[name], ARRAYS[name]) and read[name].dtype == ARRAYS[name].dtype for name in ARRAYS)
-    assert digests == {tensorfile.SINGLE: digest_of(tmp_path / tensorfile.SINGLE)}
+    assert written == {tensorfile.SINGLE: digest_of(tmp_path / tensorfile.SINGLE)}
 
 
 def test_we_read_what_the_library_writes(tmp_path: Path):
@@ -81,6 +86,51 @@ def test_cut_equals_indexing_in_pieces_of_any_size(
         found = b"".join(bytes(piece) for piece in tensorfile.cut(one, *kept))
     taken = array[list(range(rows) if kept[0] is None else kept[0])]
     assert found == taken[:, list(range(columns) if kept[1] is None else kept[1])].tobytes()
+
+
+class Slow:
+    """A digest that lags behind the writing."""
+
+    def __init__(self) -> None:
+        self.real = hashlib.sha256()
+
+    def update(self, piece: bytes) -> None:
+        time.sleep(0.003)
+        self.real.update(piece)
+
+    def hexdigest(self) -> str:
+        return self.real.hexdigest()
+
+
+def test_a_digest_that_lags_behind_still_sees_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Buffers are used in turn; one that is filled again before it was digested would change the digest."""
+    array = np.random.default_rng(0).random((40, 16), dtype=np.float32)
+    save_file({"x": array, "y": array[::-1].copy()}, tmp_path / tensorfile.SINGLE)
+    found = tensorfile.in_folder(tmp_path)
+    monkeypatch.setattr(tensorfile.rows, "__defaults__", (2 * found["x"].row_bytes,))
+    monkeypatch.setattr(digests, "hashlib", SimpleNamespace(sha256=Slow))
+    monkeypatch.setattr(digests, "_SENT_BYTES", 300)
+    cut = [Planned(name, one.code, one.dimensions, partial(tensorfile.cut, one)) for name, one in found.items()]
+    (tmp_path / "out").mkdir()
+    written = tensorfile.write_folder(tmp_path / "out", cut, 10**9)
+    monkeypatch.undo()
+    file = tmp_path / "out" / tensorfile.SINGLE
+    assert written == {tensorfile.SINGLE: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert np.array_equal(load_file(file)["y"], array[::-1])
+
+
+def test_a_write_that_takes_part_of_a_piece_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Sipping(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(memoryview(data)[:5])
+
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Sipping(path, "w"))
+    assert (
+        digests.write_digested(tmp_path / "file", [b"some bytes ", b"more"])
+        == hashlib.sha256(b"some bytes more").hexdigest()
+    )
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == b"some bytes more"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
