@@ -213,7 +213,8 @@ def score_all(
     the shape it will be pruned to, for criteria that depend on it. `variant`: what a width method measures. All hold
     for every criterion. `journals`: a file for each criterion that keeps what is finished, so that a run with equal
     arguments goes on after a kill (`journal`); they stay, to be discarded once the scores are safe. `note` is told
-    when one is gone on with. Raises InputError for a shape without weights where a criterion reads them.
+    when one is gone on with, and how much memory scoring needs. Raises InputError for a shape without weights where a
+    criterion reads them.
     """
     needs = {name: _needs(source, name, scoring, unit, variant, iterative=steps is not None) for name in names}
     from shortllama import calibration, surgery
@@ -251,10 +252,11 @@ def score_all(
 
     if steps is None:
         how |= {"towards": towards, "variant": variant, "progress": told(", ".join(needs)), "journals": begun}
+        how["note"] = note
         return engine.score_all(model, tuple(needs), used, **how)
     goal: dict[str, Any] = {"goal": steps.goal, "protect": steps.protect}
     return {
-        name: engine.iterate(model, name, used, **goal, **how, progress=told(name), journal=begun.get(name))
+        name: engine.iterate(model, name, used, **goal, **how, progress=told(name), journal=begun.get(name), note=note)
         for name in needs
     }
 

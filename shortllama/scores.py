@@ -25,11 +25,12 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What scoring, or writing a checkpoint, took.
 
     `wall_s`: seconds, without loading the model. `peak_bytes`: memory beyond what was held before; null where it cannot
-    be measured, and `reasons` says why. `tokens`: calibration tokens read, once for each step of an iterative run.
-    `block_passes`: forward runs of one block over all calibration tokens; null where none was counted. `shared`: the
-    criteria measured in one and the same pass, each of which records the whole cost. `runs`: above 1 where runs that
-    were killed are part of it; times and passes are then sums of what is known of them, which is up to the last part
-    that each finished, and the peak is the highest.
+    be measured. `tokens`: calibration tokens read, once for each step of an iterative run. `block_passes`: forward runs
+    of one block over all calibration tokens; null where none was counted. `shared`: the criteria measured in one and
+    the same pass, each of which records the whole cost. `runs`: above 1 where runs that were killed are part of it;
+    times and passes are then sums of what is known of them, which is up to the last part that each finished, and the
+    peak is the highest. `estimated_bytes`: what `peak_bytes` was expected to be; null where it was not estimated.
+    `reasons`: for nulls, by field.
     """
 
     wall_s: float
@@ -38,6 +39,7 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_passes: float | None = None
     shared: tuple[str, ...] = ()
     runs: int = 1
+    estimated_bytes: int | None = None
     reasons: dict[str, str] = {}
 
 

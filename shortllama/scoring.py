@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shortllama import costs, criteria, families, removals, stack, surgery, texts
 from shortllama.calibration import Calibration
+from shortllama.criteria import memory
 from shortllama.errors import InputError
 from shortllama.journal import Journal
 from shortllama.plans import shape_after
@@ -25,9 +26,11 @@ from shortllama.shape import ModelShape
 from shortllama.variants import Variant
 
 Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 
 # Progress of a run of several steps is told in these parts of a step.
 _FINE = 1000
+_UNESTIMATED = "what blocks hold is known of attention with a gated FFN only"
 
 
 def score(
@@ -75,11 +78,13 @@ def score_all(
     reductions: criteria.Reductions | None = None,
     progress: Progress | None = None,
     journals: Mapping[str, Journal] | None = None,
+    note: Note | None = None,
 ) -> dict[str, Scores]:
     """Return the scores of several criteria by their names; those of `criteria.TRACED` cost one pass together.
 
     The other arguments are as in `score`; they hold for every criterion, and are checked for all of them before any is
-    measured. `journals`: by the names of those that have one.
+    measured. `journals`: by the names of those that have one. `note` is told how much memory each group of criteria
+    needs before it is measured.
     """
     how: dict[str, Any] = {"unit": unit, "seed": seed, "reductions": reductions, "progress": None, "variant": variant}
     prepared = {name: _prepare(model, name, calibration, iterative=False, **how) for name in names}
@@ -95,7 +100,7 @@ def score_all(
             progress=_part_of(progress or _silent, number, len(groups)),
             journal=(journals or {}).get(group[0], Journal()),
         )
-        with stack.quiet(model), _metered(task, group if len(group) > 1 else ()) as cost:
+        with stack.quiet(model), _metered(task, group, note) as cost:
             measured = _measure(members, task)
             spent = cost()
         for name, chosen, one in zip(group, members, measured, strict=True):
@@ -112,17 +117,33 @@ def _measure(chosen: Sequence[criteria.Criterion], task: criteria.Task) -> list[
 
 
 @contextmanager
-def _metered(task: criteria.Task, shared: tuple[str, ...] = ()) -> Generator[Callable[[], Cost]]:
-    """Yield a function that returns the cost so far, which the task's journal records with each value."""
-    tokens = _tokens(task)
+def _metered(
+    task: criteria.Task, names: tuple[str, ...], note: Note | None, *, iterative: bool = False
+) -> Generator[Callable[[], Cost]]:
+    """Tell what memory the work needs. Yield what returns the cost so far; the journal keeps it with values."""
+    tokens, shared = _tokens(task), names if len(names) > 1 else ()
+    needed = _needed(task, names, iterative=iterative)
+    if note is not None and needed is not None and not next(task.adapter.model.parameters()).is_meta:
+        note(f"{', '.join(names)} {needed.said()}")
     started = costs.start(next(task.adapter.model.parameters()).device)
     with stack.counted(list(task.adapter.blocks)) as passed:
 
         def cost() -> Cost:
             passes = round(passed() / tokens, 3) if tokens else 0.0
-            return msgspec.structs.replace(started(), tokens=tokens, block_passes=passes, shared=shared)
+            counted = msgspec.structs.replace(started(), tokens=tokens, block_passes=passes, shared=shared)
+            if needed is None:
+                return msgspec.structs.replace(counted, reasons={**counted.reasons, "estimated_bytes": _UNESTIMATED})
+            return msgspec.structs.replace(counted, estimated_bytes=needed.beyond)
 
         yield task.journal.metered(cost)
+
+
+def _needed(task: criteria.Task, names: Sequence[str], *, iterative: bool) -> memory.Need | None:
+    """Return what the criterion among several in one pass needs that needs most; None where it is not known."""
+    lengths = [len(ids) for ids in task.calibration.sequences] if task.calibration else []
+    how: dict[str, Any] = {"dtype": task.dtype, "variant": task.variant, "iterative": iterative}
+    needs = [memory.need(task.shape, name, lengths, **how) for name in names]
+    return max((one for one in needs if one is not None), key=lambda one: one.beyond, default=None)
 
 
 def iterate(
@@ -137,6 +158,7 @@ def iterate(
     reductions: criteria.Reductions | None = None,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    note: Note | None = None,
 ) -> Scores:
     """Return scores whose `order` holds what goes first, second, ... when what is left is scored again each time.
 
@@ -154,7 +176,7 @@ def iterate(
     steps: list[tuple[Piece, float]] = []
     first: Scores | None = None
     kept: dict[int, Tensor] = {}
-    with stack.quiet(model), _metered(task) as cost:
+    with stack.quiet(model), _metered(task, (criterion,), note, iterative=True) as cost:
         while not _settled(task, goal, free, [piece for piece, _ in steps]):
             gone = [piece for piece, _ in steps]
             part = task.journal.part(f"step {len(steps)}")

@@ -15,6 +15,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Hashable
+from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -30,8 +31,9 @@ _ALIGNMENT = 64
 class Boundaries:
     """Up to `count` states of `size` bytes together, by keys of the caller's choice. The last state of a key counts.
 
-    What is read in memory is a view, which the next state under its key overwrites. Raises InputError where a file is
-    needed, and the folder of temporary files has no room for it or cannot be written.
+    What is read in memory is a view, which the next state under its key overwrites. Use it in `with`, which lets go of
+    them all. Raises InputError where a file is needed, and the folder of temporary files has no room for it or cannot
+    be written.
     """
 
     def __init__(self, size: int, count: int, device: torch.device) -> None:
@@ -40,6 +42,12 @@ class Boundaries:
         self._device = device
         room = size + count * _ALIGNMENT
         self._medium: _Medium = _InMemory(room, device) if size <= memory.STATES_BYTES else _InFile(room)
+
+    def __enter__(self) -> Boundaries:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._medium.close()
 
     def __setitem__(self, key: Hashable, state: Tensor) -> None:
         place = self._places.get(key)
@@ -64,6 +72,8 @@ class _Medium(Protocol):
 
     def read(self, place: _Place) -> Tensor: ...
 
+    def close(self) -> None: ...
+
 
 class _InMemory:
     def __init__(self, size: int, device: torch.device) -> None:
@@ -76,14 +86,20 @@ class _InMemory:
         size = place.shape.numel() * place.dtype.itemsize
         return self._bytes[place.offset : place.offset + size].view(place.dtype).view(place.shape)
 
+    def close(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
 
 class _InFile:
     def __init__(self, size: int) -> None:
         folder = tempfile.gettempdir()
         try:
-            # Unbuffered: what passes through is large. Closed, and thereby gone, together with this object.
+            # Unbuffered: what passes through is large.
             self._file: Any = tempfile.TemporaryFile(buffering=0, dir=folder)
-            os.posix_fallocate(self._file.fileno(), 0, size)
+            with ExitStack() as failed:
+                failed.callback(self._file.close)
+                os.posix_fallocate(self._file.fileno(), 0, size)
+                failed.pop_all()
         except OSError as error:
             why = "has too little room" if error.errno == errno.ENOSPC else f"cannot be used ({error.strerror})"
             raise InputError(
@@ -106,6 +122,9 @@ class _InFile:
             assert count, "the file holds what was written"
             data = data[count:]
         return state
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _bytes_of(state: Tensor) -> memoryview:

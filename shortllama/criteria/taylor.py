@@ -91,31 +91,31 @@ def walk(task: Task, gradients: Gradients, *, each_sequence: bool) -> Iterator[M
     batches = list(_batches(task, alone=each_sequence))
     total = (2 * blocks + 1) * len(batches)
     size = memory.states_backward(task.shape, sum(ids_BT.numel() for ids_BT in batches), task.dtype)
-    waiting = Boundaries(size, blocks * len(batches), stack.device)
-    left, carried = task.journal.carried() or (blocks, None)
-    for number, ids_BT in enumerate(batches):
-        last_BTD = _go_ahead(Stack(stack.model, stack.blocks[:left]), ids_BT, number, waiting)
-        waiting["gradient", number] = (
-            _tail_gradient(stack, ids_BT, last_BTD) if carried is None else next(carried).to(stack.device)
-        )
-        task.progress((number + 1) * (blocks + 1), total)
-
-    def way_back(index: int, take_vectors: Callable[[], None]) -> Measuring:
+    with Boundaries(size, blocks * len(batches), stack.device) as waiting:
+        left, carried = task.journal.carried() or (blocks, None)
         for number, ids_BT in enumerate(batches):
-            _step_back(stack, index, ids_BT, number, waiting)
-            take_vectors()
-            task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
-            if each_sequence or number == len(batches) - 1:
-                yield from by_piece(task, index).items()
-                gradients.clear()
+            last_BTD = _go_ahead(Stack(stack.model, stack.blocks[:left]), ids_BT, number, waiting)
+            waiting["gradient", number] = (
+                _tail_gradient(stack, ids_BT, last_BTD) if carried is None else next(carried).to(stack.device)
+            )
+            task.progress((number + 1) * (blocks + 1), total)
 
-    for index in reversed(range(left)):
-        block = stack.blocks[index]
-        with collected(block, scored_weights(task.adapter, block).values(), gradients) as take_vectors:
-            yield way_back(index, take_vectors)
-            gradients.clear()
-        if index:
-            task.journal.carry(index, lambda: (waiting["gradient", number] for number in range(len(batches))))
+        def way_back(index: int, take_vectors: Callable[[], None]) -> Measuring:
+            for number, ids_BT in enumerate(batches):
+                _step_back(stack, index, ids_BT, number, waiting)
+                take_vectors()
+                task.progress(total - index * len(batches) - (len(batches) - 1 - number), total)
+                if each_sequence or number == len(batches) - 1:
+                    yield from by_piece(task, index).items()
+                    gradients.clear()
+
+        for index in reversed(range(left)):
+            block = stack.blocks[index]
+            with collected(block, scored_weights(task.adapter, block).values(), gradients) as take_vectors:
+                yield way_back(index, take_vectors)
+                gradients.clear()
+            if index:
+                task.journal.carry(index, lambda: (waiting["gradient", number] for number in range(len(batches))))
 
 
 def _batches(task: Task, *, alone: bool) -> Iterator[Tensor]:
