@@ -3,21 +3,24 @@
 Grammar: MODEL, or MODEL/PLAN. MODEL is a catalogue name, `reference`, a checkpoint folder or a hub id; PLAN is a
 catalogue suffix (depth-26), a blind plan (depth:26, width:24x8256@4-30, flap:...: random weights), or METHOD:RATIO
 (ppl:0.25: real weights are pruned before the sweep starts; on a catalogue name, a blind plan of that shape).
-`depth:16..32` stands for a range of plans, both ends included.
+`depth:16..32` stands for a range of plans, both ends included. `~64` after either is the same with random weights and
+every block's neurons rounded up to a multiple of 64, as --align does: the aligned twin of a shape.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from shortllama import blind, catalogue, methods, sources
+from shortllama import blind, catalogue, methods, selection, sources
 from shortllama.errors import InputError
 from shortllama.plans import read_plan, shape_after
 from shortllama.shape import ModelShape
 
+_TWIN = re.compile(r"(.+)~([1-9]\d*)")
 BLIND_FORMS = ("depth", "width", "flap")
 
 
@@ -42,6 +45,9 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
 
 def resolve(name: str) -> Subject:
     """Return the subject that `name` means (see the module). Raises InputError with the nearest names."""
+    twin = _TWIN.fullmatch(name)
+    if twin and not Path(name).exists():
+        return _aligned(resolve(twin[1]), int(twin[2]), name)
     if catalogue.knows(name):
         return Subject(name, catalogue.lookup(name), name.partition("/")[0])
     model, slash, plan = name.rpartition("/")
@@ -49,6 +55,18 @@ def resolve(name: str) -> Subject:
         return _planned(name, model, plan)
     source = sources.locate(name)
     return Subject(name, source.shape, _dense(name, source), _place(source))
+
+
+def _aligned(subject: Subject, multiple: int, name: str) -> Subject:
+    """The subject with widths that kernels like, which random weights can have and real ones only by --align."""
+    if subject.folder is not None or subject.prune is not None:
+        raise InputError(f"{name}: {subject.name} has weights of its own; align them with shortllama prune --align")
+    most = max(block.neurons for block in resolve(subject.dense).shape.blocks)
+    blocks = tuple(
+        msgspec.structs.replace(block, neurons=selection.align_up(block.neurons, most, multiple))
+        for block in subject.shape.blocks
+    )
+    return Subject(name, msgspec.structs.replace(subject.shape, blocks=blocks), subject.dense)
 
 
 def _planned(name: str, model: str, text: str) -> Subject:

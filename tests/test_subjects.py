@@ -36,6 +36,28 @@ def test_a_pruned_catalogue_shape_is_compared_with_its_model(name: str) -> None:
     assert (found.folder, found.prune) == (None, None)
 
 
+@pytest.mark.parametrize(("name", "neurons"), [("llama-7b/wanda-sp-20", 8832), ("llama-7b/width:26x10990", 11008)])
+def test_the_aligned_twin_of_a_shape_has_its_neurons_rounded_up(name: str, neurons: int) -> None:
+    plain, twin = subjects.resolve(name), subjects.resolve(f"{name}~64")
+    assert {block.neurons for block in twin.shape.blocks} == {neurons}
+    assert [block.query_heads for block in twin.shape.blocks] == [block.query_heads for block in plain.shape.blocks]
+    assert (twin.name, twin.dense, twin.folder) == (f"{name}~64", "llama-7b", None)
+
+
+def test_a_non_uniform_shape_is_aligned_block_by_block() -> None:
+    plain, twin = (subjects.resolve(f"llama-7b/flap-27{end}").shape.blocks for end in ("", "~128"))
+    for before, after in zip(plain, twin, strict=True):
+        assert after.neurons % 128 == 0
+        assert 0 <= after.neurons - before.neurons < 128
+        assert after.query_heads == before.query_heads
+
+
+def test_real_weights_are_not_aligned_by_name(folder: Path) -> None:
+    with pytest.raises(InputError, match="--align"):
+        subjects.resolve(f"{folder}~64")
+    assert subjects.resolve(f"{folder}/width:2x40~64").folder is None
+
+
 def test_a_folder_has_its_weights(folder: Path, tiny_shape: ModelShape) -> None:
     assert subjects.resolve(str(folder)) == Subject(str(folder), tiny_shape, str(folder), str(folder))
 
