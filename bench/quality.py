@@ -216,8 +216,9 @@ class _Texts:
 def _base(dense: str, subject: Subject, texts: tuple[str, ...]) -> sources.Source:
     """The model that gives the texts: the dense one where text is sampled from it, else any with the tokenizer."""
     from shortllama.calibration import SELF
+    from shortllama.evaluation import protocol
 
-    if SELF not in texts:
+    if all(protocol.parse(src)[0] != SELF for src in texts):
         assert subject.folder is not None
         return _source(subject.folder)
     try:

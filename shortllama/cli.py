@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from shortllama.commands import groups, measuring, planning, retraining, shapes, writing
+from shortllama.commands import evaluating, groups, measuring, planning, retraining, shapes, writing
 
 # In the order of `--help`: the name, the verb, an example of it.
 VERBS: list[tuple[str, Callable[..., None], str]] = [
@@ -20,7 +20,7 @@ VERBS: list[tuple[str, Callable[..., None], str]] = [
     ("verify", writing.verify, "pruned --against reference"),
     ("export", writing.export, "pruned --to padded --out uniform"),
     ("retrain", retraining.retrain, "pruned --recipe lora --data alpaca.json --out retrained"),
-    ("eval", measuring.evaluate, "pruned --ppl wikitext2 --ppl book.txt --out quality.json"),
+    ("eval", evaluating.evaluate, "pruned --ppl wikitext2 --against reference --generate @paper --out quality.json"),
 ]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

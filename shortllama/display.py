@@ -13,7 +13,6 @@ import msgspec
 from msgspec import UNSET
 
 from shortllama.difference import ANY_SIZE, Difference, SetDifference
-from shortllama.evaluation.results import Evaluation
 from shortllama.indices import count_indices, format_indices
 from shortllama.plans import BlockKeep, Plan, shape_of
 from shortllama.scores import Cost, Scores
@@ -274,16 +273,6 @@ def show_costs(costs: Mapping[str, Cost]) -> None:
 def _circumstances(cost: Cost) -> str:
     said = [f"one pass for {', '.join(cost.shared)}"] if cost.shared else []
     return "; ".join([*said, *([f"in {cost.runs} runs"] if cost.runs > 1 else [])])
-
-
-def show_evaluation(evaluation: Evaluation) -> None:
-    """Print every perplexity with its protocol beside it."""
-    rows = [
-        (subject, source, f"{result.perplexity:.4g}", f"{result.nll:.4f}", result.protocol)
-        for subject, quality in evaluation.subjects.items()
-        for source, result in quality.perplexity.items()
-    ]
-    table(("model ", "text ", "perplexity", "nats a token", "protocol "), rows)
 
 
 def show_export(folder: str, record: Export) -> None:

@@ -1,4 +1,4 @@
-"""Verbs on models by name: score one, choose what to remove from it, evaluate it. What commands and sweeps share.
+"""Verbs on models by name: score one, choose what to remove from it, write it. What commands and sweeps share.
 
 Importing this loads no torch; the verbs do, once all that can be refused without it has been refused.
 """
@@ -15,7 +15,6 @@ import msgspec
 
 from shortllama import catalogue, costs, criteria, files, methods, planning, plans, presets, removals, sources
 from shortllama.errors import InputError, UnsupportedError
-from shortllama.evaluation.results import Perplexity, Quality
 from shortllama.journal import resume
 from shortllama.plans import Plan, Target
 from shortllama.removals import Goal, Unit
@@ -359,37 +358,6 @@ def compute_device(name: str | None) -> str:
     if name == "meta":
         raise UnsupportedError("device 'meta' holds no values to compute with; give cpu, or cuda:N")
     return name
-
-
-def evaluate(
-    source: Source,
-    texts: Sequence[str],
-    *,
-    seed: int = 0,
-    data_dir: Path | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Quality:
-    """Return the perplexity of a named model on each source of text, under the default protocol.
-
-    Text `self` is sampled from the dense model: for a pruned folder, from the base that its plan names. Raises
-    InputError where that base cannot be found, or a source cannot be used.
-    """
-    from shortllama import calibration
-    from shortllama.evaluation import perplexity
-
-    report = progress or _silent
-    model, tokenizer = load(source, device=device, trust_remote_code=trust_remote_code)
-    dense = model
-    base = dense_base(source) if calibration.SELF in texts else None
-    if base is not None:
-        dense, _ = load(base, device=device, trust_remote_code=trust_remote_code)
-    found: dict[str, Perplexity] = {}
-    for src in texts:
-        text = perplexity.prepare(src, tokenizer=tokenizer, dense=dense, seed=seed, data_dir=data_dir)
-        found[src] = perplexity.measure(model, text, progress=lambda done, total, src=src: report(src, done, total))
-    return Quality(found)
 
 
 def dense_base(source: Source) -> Source | None:

@@ -1,4 +1,4 @@
-"""The verbs that measure a model: `score` what matters in it, `eval` what it is worth."""
+"""The verb that measures what matters in a model: `score`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from shortllama import scores as score_files
 from shortllama.commands import groups
 from shortllama.commands.resuming import resumable
 from shortllama.errors import InputError
-from shortllama.evaluation.results import Evaluation, write_evaluation
 
 Out = Annotated[
     Path | None,
@@ -76,41 +75,3 @@ def _outputs(out: Path | None, names: tuple[str, ...]) -> dict[str, Path]:
     for path in paths.values() if out.is_dir() else [out]:
         options.check_output_file(path)
     return paths
-
-
-def evaluate(
-    model: options.Model,
-    ppl: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SRC", help="Perplexity on this text (as --calibration of score); may be repeated."),
-    ] = None,
-    seed: options.Seed = 0,
-    data_dir: options.DataDir = None,
-    trust_remote_code: options.Trust = False,
-    device: options.Device = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation here.")] = None,
-    as_json: options.Json = False,
-) -> None:
-    """Measure what a model is worth: perplexity, with the protocol (window, stride, BOS, tokens) beside each number."""
-    options.check_output_file(out)
-    if not ppl:
-        raise InputError("nothing to evaluate; give --ppl SRC, for example --ppl self")
-    source = sources.locate(model)
-    with console.steps() as progress:
-        quality = pruning.evaluate(
-            source,
-            ppl,
-            seed=seed,
-            data_dir=data_dir,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    found = Evaluation({pruning.base_name(source): quality})
-    if out is not None:
-        write_evaluation(out, found)
-        console.say(f"wrote {out}")
-    if as_json:
-        console.emit(found)
-    else:
-        display.show_evaluation(found)

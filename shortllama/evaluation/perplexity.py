@@ -31,8 +31,10 @@ Progress = Callable[[int, int], None]
 
 # Windows run together, at most.
 ROWS = 16
-# Logits turned into log-probabilities together: 4 MiB in float32, which stay in a cache.
-LOGITS = 1 << 20
+# Logits turned into log-probabilities together: on a CPU 1 MiB in float32, which stays in a cache; elsewhere enough to
+# make the launch of a kernel cheap beside it.
+LOGITS = {"cpu": 1 << 18}
+LOGITS_ELSEWHERE = 1 << 24
 IGNORED = -100
 MOST = 700.0  # e^700 is near the largest float
 
@@ -186,7 +188,7 @@ def _logits(model: Any, ids_BT: np.ndarray) -> Tensor:
 
 
 def _slices(logits_NV: Tensor) -> Iterator[slice]:
-    rows = max(1, LOGITS // logits_NV.shape[1])
+    rows = max(1, LOGITS.get(logits_NV.device.type, LOGITS_ELSEWHERE) // logits_NV.shape[1])
     for start in range(0, len(logits_NV), rows):
         yield slice(start, start + rows)
 

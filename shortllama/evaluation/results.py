@@ -77,7 +77,7 @@ class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One zero-shot task: `value` by `metric`, the one that the paper reports for it (share of items, 0 to 1).
 
     `standard_error` is that of the mean over items. `metrics` holds everything that the harness computed. `items`
-    were evaluated, of the `published` number; `limit` cuts after that many. `origin` is "hub" (the harness's own task)
+    were evaluated, where the published set has `published`. `origin` is "hub" (the harness's own task)
     or the name of a local file, whose items `digest` identifies; `version` is that of the task's definition there.
     """
 
@@ -95,16 +95,27 @@ class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def protocol(self) -> str:
         """How it was measured, in one line."""
         share = f"{self.items} items" if self.items == self.published else f"{self.items} of {self.published} items"
-        return f"0-shot, {self.metric}, {share}, {self.origin}, version {self.version}"
+        return f"{self.metric}, {share}, {self.origin}, version {self.version}"
 
 
 class ZeroShot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tasks by name, and the harness that ran them. `mean` is the plain mean over those of the paper's seven."""
+    """Tasks by name, and the harness that ran them. `mean` is the plain mean over those of the paper's seven.
+
+    `bos`: prompts begin with one. `truncated` requests did not fit into the model's window and lost their beginning.
+    """
 
     tasks: dict[str, Accuracy]
     harness: str
+    bos: bool
+    truncated: int = 0
     mean: float | None = None
     limit: int | None = None
+
+    @property
+    def protocol(self) -> str:
+        """How all of them were measured, in one line."""
+        cut = f", {self.truncated} requests cut to the model's window" if self.truncated else ""
+        return f"0-shot, {self.harness}, BOS {'before each prompt' if self.bos else 'none'}{cut}"
 
 
 class Generation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -42,7 +42,7 @@ def counts_text(tokenizer: Any) -> bool:
 def tokenize(pieces: Iterable[str], tokenizer: Any, name: str, chunk: int | None = None) -> Iterator[np.ndarray]:
     """Yield the rows (N, 3) of the text that `pieces` make up, without any special token added, block after block.
 
-    `chunk` (default: CHUNK) characters are tokenized together. Raises InputError, with `name`, where there is no tokenizer.
+    `chunk` (default: CHUNK) characters are tokenized together. Raises InputError, with `name`, without a tokenizer.
     """
     plain = calibration.tokenize_with(tokenizer, name)
     if not counts_text(tokenizer):
