@@ -39,7 +39,8 @@ class BatchRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
 
 
 class Suite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One TOML file: the axes of a sweep. `perplexity` names text sources to evaluate the real subjects on."""
+    """One TOML file: the axes of a sweep. `perplexity` names text sources to evaluate the real subjects on; with
+    `telemetry`, each cell is called again after it was timed, for the sampler to see."""
 
     schema: Literal["shortllama.suite/1"]
     subjects: tuple[str, ...]
@@ -54,6 +55,7 @@ class Suite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cell_seconds: Annotated[float, msgspec.Meta(gt=0)] = 20.0
     seed: int = 0
     perplexity: tuple[str, ...] = ()
+    telemetry: bool = False
 
 
 class Cell(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):

@@ -16,16 +16,12 @@ from bench.cells import Cell
 from bench.measurement import Environment, Measurement
 from bench.sequential import FULL, Looks
 from bench.store import Results
+from bench.telemetry import throttling
 from shortllama.errors import InputError
 
 FACT = "experiment"  # in an environment's facts
 SIDES = ("base", "head")
 TRIES = 3  # of a pair that was throttled, before the experiment gives up
-
-# In a row's telemetry: why the device lowered its clocks while the row was measured, as a list of words.
-THROTTLE = "throttle_reasons"
-# A power cap is the device's normal state under load, on both sides alike; these come and go.
-_REDONE = ("thermal", "hardware", "hw_slowdown", "hw-slowdown")
 
 
 class Design(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,10 +79,9 @@ def throttled(rows: Iterable[Measurement]) -> str | None:
     for row in rows:
         if row.outcome == "unstable":
             return f"{row.cell.label}: {row.reason or 'unstable'}"
-        reasons = row.telemetry.get(THROTTLE)
-        for reason in reasons if isinstance(reasons, list | tuple) else ():
-            if any(word in str(reason).lower() for word in _REDONE):
-                return f"{row.cell.label}: {reason}"
+        reason = throttling.spoiled(row.telemetry)
+        if reason:
+            return f"{row.cell.label}: {reason}"
     return None
 
 

@@ -11,6 +11,7 @@ from bench.cells import Cell
 from bench.measurement import Graphs, Memory, Samples
 from bench.runtimes.protocol import Options, Session
 from bench.subjects import Subject
+from bench.telemetry.readings import Loop
 
 # What a child does with each cell: `measure` its times, `probe` its peak memory (`certify`: by a whole generation), or
 # `profile` a few of its steps.
@@ -22,7 +23,7 @@ class Job(msgspec.Struct, frozen=True):
 
     `timing`, `cell_seconds`: the rule to measure by; `limit_bytes`: what the process may allocate from now on (probes);
     budgets of other devices are in `options`; `script`: faults of a simulated device, JSON; `folder`: where a profile
-    is written.
+    is written; `window_s`: how long each measured cell is called again for the sampler, 0 for not at all.
     """
 
     subject: Subject
@@ -35,6 +36,7 @@ class Job(msgspec.Struct, frozen=True):
     limit_bytes: int | None = None
     script: str | None = None
     folder: str | None = None
+    window_s: float = 0.0
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -48,9 +50,10 @@ class Profile(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The subject is there; seconds it took."""
+    """The subject is there; seconds it took, and the UUID of the CUDA device that it is on."""
 
     wall_s: float
+    uuid: str | None = None
 
 
 class Began(msgspec.Struct, frozen=True, tag=True):
@@ -74,6 +77,19 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     profile: Profile | None = None
 
 
+class Looping(msgspec.Struct, frozen=True, tag=True):
+    """The cell was finished, and is called again from now on for the sampler to see."""
+
+    index: int
+
+
+class Looped(msgspec.Struct, frozen=True, tag=True):
+    """The cell was called so often for the sampler."""
+
+    index: int
+    loop: Loop
+
+
 class Broke(msgspec.Struct, frozen=True, tag=True):
     """The cell, or loading (index -1), ended in an exception; `oom` where an allocation failed. The child ends."""
 
@@ -83,7 +99,7 @@ class Broke(msgspec.Struct, frozen=True, tag=True):
     wall_s: float
 
 
-Message: TypeAlias = Loaded | Began | Finished | Broke
+Message: TypeAlias = Loaded | Began | Finished | Looping | Looped | Broke
 DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 Send = Callable[[Message], None]
 # What a pass does with a session whose cell is prepared.

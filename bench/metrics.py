@@ -10,8 +10,7 @@ import msgspec
 
 from bench import timing
 from bench.measurement import Measurement
-
-ENERGY = "joules_per_token"  # in a row's telemetry; null there where it cannot be told
+from bench.telemetry.fields import ENERGY
 
 
 class Metric(msgspec.Struct, frozen=True):

@@ -58,6 +58,16 @@ def handle(nvml: ModuleType, index: int) -> Any:
     return nvml.nvmlDeviceGetHandleByIndex(int(one)) if one.isdigit() else nvml.nvmlDeviceGetHandleByUUID(one)
 
 
+def handle_of(nvml: ModuleType, uuid: str) -> Any:
+    """Return the handle of the device, or part of one, with this UUID."""
+    return nvml.nvmlDeviceGetHandleByUUID(uuid)
+
+
+def uuid_of(nvml: ModuleType, handle: Any) -> str:
+    """Return the UUID of a device: GPU-..., or MIG-... of a part."""
+    return str(nvml.nvmlDeviceGetUUID(handle))
+
+
 def used_bytes(index: int) -> int | None:
     """Return the memory in use on CUDA's device `index`, by all processes; None where NVML does not say."""
     with library() as nvml:

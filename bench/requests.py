@@ -77,7 +77,7 @@ def read(
     batch: tuple[int, ...] | None = None,
     **changes: Any,
 ) -> Request:
-    """Return what is asked for; `changes`: runtime, budget, timing, seed, None where the suite's own holds.
+    """Return what is asked for; `changes`: runtime, budget, timing, seed, telemetry, None where the suite's own holds.
 
     Raises InputError for what is not understood, what this machine cannot do, and where no subject fits its memory.
     """
@@ -93,7 +93,8 @@ def read(
 def _suite(name: str, **changes: Any) -> tuple[Suite, bytes]:
     """The suite with the command's changes, and its document: the file itself where nothing is changed."""
     suite, path = read_suite(name), suite_path(name)
-    fields: dict[str, Any] = {key: changes[key] for key in ("timing", "seed") if changes[key] is not None}
+    asked = ("timing", "seed", "telemetry")
+    fields: dict[str, Any] = {key: changes[key] for key in asked if changes.get(key) is not None}
     for key, field in (("runtime", "runtimes"), ("budget", "budgets")):
         if changes[key] is not None:
             fields[field] = tuple(part.strip() for part in changes[key].split(","))

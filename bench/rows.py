@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import fmean, median
+from typing import Any
 
 import msgspec
 
 from bench import jobs, physics, runtimes
 from bench.cells import Cell
 from bench.environment import Machine
-from bench.measurement import Frontier, Measurement, Memory, SessionId
+from bench.measurement import LARGEST_LINE_BYTES, Frontier, Measurement, Memory, SessionId
 from bench.outcomes import Verdict
 from bench.schedule import Group, Planned
 
 
 class Heard(msgspec.Struct, frozen=True):
-    """What became of one cell in one pass: a result, or a verdict on why there is none."""
+    """What became of one cell in one pass: a result, a verdict on why there is none, or both where it is doubtful."""
 
     planned: Planned
     session: str
     result: jobs.Finished | None = None
     verdict: Verdict | None = None
     wall_s: float | None = None
+    telemetry: dict[str, Any] = {}
 
 
 class Context(msgspec.Struct, frozen=True):
@@ -65,7 +67,7 @@ def of(group: Group, heard: Heard, probed: Heard | None, context: Context) -> Me
         return row
     shape, cell, device = group.subject.shape, planned.cell, context.machine.device
     bounds = physics.bounds(shape, cell, device, median(result.samples.call_s))
-    return msgspec.structs.replace(
+    row = msgspec.structs.replace(
         row,
         samples=result.samples,
         warm_up=result.warm_up,
@@ -73,7 +75,18 @@ def of(group: Group, heard: Heard, probed: Heard | None, context: Context) -> Me
         tokens=result.tokens,
         bounds=msgspec.structs.replace(bounds, ops_per_token=result.operations),
         graphs=result.graphs,
+        telemetry=heard.telemetry,
     )
+    return _fitting(row)
+
+
+def _fitting(row: Measurement) -> Measurement:
+    """The row with its steps thinned to means of neighbours, as far as it takes to fit its line."""
+    while len(msgspec.json.encode(row)) >= LARGEST_LINE_BYTES and len(row.samples.step_s) > 1:
+        steps = row.samples.step_s
+        halved = tuple(float(f"{fmean(steps[at : at + 2]):.6g}") for at in range(0, len(steps), 2))
+        row = msgspec.structs.replace(row, samples=msgspec.structs.replace(row.samples, step_s=halved))
+    return row
 
 
 def emulated(cell: Cell, machine: Machine) -> str | None:

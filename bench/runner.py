@@ -3,7 +3,7 @@
 On a CPU a group is a memory pass (every cell probed under the budget, batch ascending), then a timing pass over the
 cells that fit, without the limit. On CUDA and in simulation one pass does both. After the first out-of-memory cell,
 every cell that needs no less is implied. Only this process writes. What a failure means is decided in `outcomes`, what
-comes next in `schedule`; here is only the order of events.
+comes next in `schedule`; here is only the order of events. A cell that heat slowed down is measured once more.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from bench.outcomes import Verdict
 from bench.rows import Heard
 from bench.runtimes.protocol import Options
 from bench.schedule import Group, Planned, Schedule
+from bench.telemetry import loop, throttling
+from bench.telemetry.watch import Watch
 from shortllama import files
 from shortllama.errors import IncomparableError
 
@@ -75,8 +77,8 @@ def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher) -> C
     check_environments(before, found.values())
     frontiers = {row.cell for row in before.frontiers} if before else set[Cell]()
     serve(plan, settings)
-    with store.Writer(file) as writer:
-        sweep = _Sweep(settings, writer, found, done, watcher)
+    with store.Writer(file) as writer, _watch(plan, settings, done) as watch:
+        sweep = _Sweep(settings, writer, found, done, watcher, watch)
         for cell_id in wanted & done.keys():
             watcher.finished(done[cell_id])
         for group in plan.groups:
@@ -84,6 +86,15 @@ def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher) -> C
             if group.key not in frontiers:
                 writer.write(rows.frontier(group, sweep.rows, sweep.environment(group)))
     return Counter(row.outcome for cell_id, row in done.items() if cell_id in wanted)
+
+
+def _watch(plan: Schedule, settings: Settings, done: dict[str, Measurement]) -> Watch:
+    """What reads telemetry, where anything is left to be measured."""
+    groups = [group for group in plan.groups if group.key.runtime not in runtimes.SIMULATED]
+    if all(one.cell_id in done for group in groups for one in group.cells):
+        return Watch()
+    machine = settings.machine
+    return Watch(machine.index if machine.kind == "cuda" else None, sampled=settings.suite.telemetry)
 
 
 def known(file: Path) -> store.Results | None:
@@ -154,6 +165,7 @@ def job(group: Group, cells: Iterable[Planned], settings: Settings, purpose: Pur
         cell_seconds=suite.cell_seconds,
         limit_bytes=min(wanted or free, free) if limited else None,
         script=settings.script if simulated else None,
+        window_s=loop.SECONDS[machine.kind] if suite.telemetry and purpose == "measure" and not simulated else 0.0,
     )
 
 
@@ -167,12 +179,14 @@ class _Sweep:
         environments: dict[bool, Environment],
         done: dict[str, Measurement],
         watcher: Watcher,
+        watch: Watch,
     ) -> None:
         self.rows = done
         self._settings = settings
         self._writer = writer
         self._environments = environments
         self._watcher = watcher
+        self._watch = watch
         self._witnesses = schedule.Witnesses(done.values())
         for one in environments.values():
             writer.write(one)
@@ -194,7 +208,7 @@ class _Sweep:
                     else:
                         peaks[heard.planned.cell_id] = heard
             self._imply(group)
-        with closing(self._pass(group, self._left(group), memory=False)) as heards:
+        with closing(self._steady(group)) as heards:
             for heard in heards:
                 self._finish(group, heard, peaks.get(heard.planned.cell_id))
         self._imply(group)
@@ -219,6 +233,25 @@ class _Sweep:
                 row = rows.without_result(group, planned, Verdict("oom-implied", reason), self._context(group))
                 self._write(msgspec.structs.replace(row, witness=witness.id))
 
+    def _steady(self, group: Group) -> Generator[Heard]:
+        """Measure the cells that are left; those that heat or hardware slowed down once more, after the others."""
+        hot: dict[str, Heard] = {}
+        with closing(self._pass(group, self._left(group), memory=False)) as heards:
+            for heard in heards:
+                if throttling.spoiled(heard.telemetry):
+                    hot[heard.planned.cell_id] = heard
+                else:
+                    yield heard
+        with closing(self._pass(group, [one.planned for one in hot.values()], memory=False)) as heards:
+            for heard in heards:
+                if heard.result and not throttling.spoiled(heard.telemetry):
+                    del hot[heard.planned.cell_id]
+                    yield heard
+        for heard in hot.values():
+            why = throttling.spoiled(heard.telemetry)
+            reason = f"the device lowered its clocks ({why}), and again when the cell was measured once more"
+            yield msgspec.structs.replace(heard, verdict=Verdict("unstable", reason))
+
     def _pass(self, group: Group, cells: list[Planned], *, memory: bool) -> Generator[Heard]:
         """Run cells in as many children as it takes; yield what became of each, up to the first out of memory."""
         left = list(cells)
@@ -242,27 +275,55 @@ class _Sweep:
         self._watcher.began(cells[0].cell)
         with Child(worker.run, msgspec.json.encode(work), variables) as child:
             while index < len(cells):
-                try:
-                    message = jobs.DECODER.decode(child.receive(self._settings.timeout_s))
-                except children.Silence:
-                    message = self._gave_up(index)
-                except children.Ended as end:
-                    message = outcomes.classify(end.words, end.exit_code, end.signal, limit_bytes=work.limit_bytes)
+                message = self._hear(child, work, index)
                 if isinstance(message, jobs.Loaded):
-                    continue
-                if isinstance(message, jobs.Began):
+                    self._watch.loaded(child.pid, message.uuid)
+                elif isinstance(message, jobs.Began):
                     index, start = message.index, time.perf_counter()
                     self._watcher.began(cells[index].cell)
+                    self._watch.began()
                 elif isinstance(message, jobs.Finished):
-                    yield Heard(cells[index], session, result=message, wall_s=message.wall_s)
-                    if index + 1 == len(cells):
+                    heard = Heard(cells[index], session, message, None, message.wall_s, self._watch.finished())
+                    goes_on = index + 1 < len(cells)
+                    if work.window_s:
+                        heard, alive = self._sampled(child, work, index, heard)
+                        goes_on = goes_on and alive
+                    yield heard
+                    if not goes_on:
                         return
                 else:
+                    assert isinstance(message, jobs.Broke | Verdict)
                     found = verdict(message, work)
                     yield Heard(cells[max(index, 0)], session, verdict=found, wall_s=time.perf_counter() - start)
                     if index < 0 and found.outcome == "failed":
                         yield from _skipped(cells[1:], f"the subject could not be loaded: {found.reason}")
                     return
+
+    def _hear(self, child: Child, work: Job, index: int) -> jobs.Message | Verdict:
+        """The child's next message, or what its silence or its end means."""
+        try:
+            return jobs.DECODER.decode(child.receive(self._settings.timeout_s))
+        except children.Silence:
+            return self._gave_up(index)
+        except children.Ended as end:
+            return outcomes.classify(end.words, end.exit_code, end.signal, limit_bytes=work.limit_bytes)
+
+    def _sampled(self, child: Child, work: Job, index: int, timed: Heard) -> tuple[Heard, bool]:
+        """Follow a timed cell while it is called for the sampler; return it with what that saw, and whether the child
+        lives. What was timed stands, whatever becomes of the child."""
+        start = time.perf_counter()
+        while True:
+            message = self._hear(child, work, index)
+            if isinstance(message, jobs.Looping):
+                self._watch.looping()
+                continue
+            if isinstance(message, jobs.Looped):
+                seen = self._watch.looped(message.loop, timed.telemetry)
+            else:
+                assert isinstance(message, jobs.Broke | Verdict)
+                seen = self._watch.broke(verdict(message, work).reason, timed.telemetry)
+            wall_s = (timed.wall_s or 0.0) + time.perf_counter() - start
+            return msgspec.structs.replace(timed, telemetry=seen, wall_s=wall_s), isinstance(message, jobs.Looped)
 
     def _gave_up(self, index: int) -> Verdict:
         what = "loading the subject" if index < 0 else "the cell"

@@ -33,6 +33,15 @@ def sweep(
     cells: requests.CellFilter = None,
     seed: requests.Seed = None,
     timeout: requests.Timeout = None,
+    telemetry: Annotated[
+        bool | None,
+        typer.Option(
+            "--telemetry/--no-telemetry",
+            help="After timing a cell, call it for 2 s more (4.5 s on CUDA) to read power, clocks and load. Default: the "
+            "suite's, else not.",
+            show_default=False,
+        ),
+    ] = None,
     resume: requests.Resume = False,
     profile: Annotated[
         str | None,
@@ -46,7 +55,7 @@ def sweep(
     as_json: requests.AsJson = False,
 ) -> int:
     """Measure every cell of a suite until memory ends; out of memory is a result. Exit code 1 if a cell failed."""
-    changes = {"runtime": runtime, "budget": budget, "timing": timing, "seed": seed}
+    changes = {"runtime": runtime, "budget": budget, "timing": timing, "seed": seed, "telemetry": telemetry}
     request = requests.read(suite, device=device, cells=cells, dry_run=dry_run, **changes)
     if dry_run:
         _show(request.plan, as_json)

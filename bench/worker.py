@@ -10,14 +10,16 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from bench import outcomes, passes, runtimes, timing
-from bench.jobs import Began, Broke, Finished, Job, Loaded, Message, Send
+from bench.jobs import Began, Broke, Finished, Job, Loaded, Looped, Looping, Message, Send
 from bench.measurement import Memory
 from bench.runtimes.protocol import Options, OutOfMemory
+from bench.telemetry import loop
 
 if TYPE_CHECKING:
     from bench.runtimes.roofline import RooflineSession
@@ -53,7 +55,7 @@ def _run(job: Job, send: Send, place: list[int]) -> None:
         session = runtimes.load(job.runtime).open_session(job.subject, job.options)
         gc.collect()
         gc.freeze()  # the model's objects are for ever: collections in timed regions need not visit them
-    send(Loaded(time.perf_counter() - start))
+    send(Loaded(time.perf_counter() - start, None if simulated else _device_uuid(job.options.device)))
     for index, cell in enumerate(job.cells):
         place[0] = index
         send(Began(index))
@@ -61,7 +63,17 @@ def _run(job: Job, send: Send, place: list[int]) -> None:
         session.prepare(cell.batch, cell.prompt, cell.output)
         result = measure(job, session)
         send(msgspec.structs.replace(result, index=index, wall_s=time.perf_counter() - start))
+        if job.window_s:
+            began = partial(send, Looping(index))
+            send(Looped(index, loop.run(session, cell, job.window_s, began)))
     session.close()
+
+
+def _device_uuid(device: str) -> str | None:
+    """What CUDA's device is called everywhere; its index is only CUDA's own."""
+    import torch
+
+    return None if device == "cpu" else f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _set_threads(options: Options) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
+from fake_nvml import Fake
 
 from bench import environment, nvml
 from shortllama.errors import InputError
@@ -31,57 +30,6 @@ def test_visible_devices_are_read_as_cuda_reads_them(
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert nvml._visible(3) == expected
-
-
-class Refused(Exception):
-    """As pynvml.NVMLError: carries a code."""
-
-    def __init__(self, value: int) -> None:
-        super().__init__("Insufficient Permissions" if value == 4 else f"error {value}")
-        self.value = value
-
-
-class Fake(ModuleType):
-    """A module with the functions that are used, for two devices; `mute` names functions that the device refuses."""
-
-    NVMLError = Refused
-    NVML_ERROR_LIBRARY_NOT_FOUND, NVML_ERROR_DRIVER_NOT_LOADED, NVML_ERROR_UNINITIALIZED = 12, 9, 1
-    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
-
-    def __init__(self, init: int = 0, mute: tuple[str, ...] = (), pids: tuple[int, ...] = ()) -> None:
-        super().__init__("pynvml")
-        self.init, self.mute, self.pids, self.open = init, mute, pids, 0
-
-    def nvmlInit(self) -> None:
-        if self.init:
-            raise Refused(self.init)
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def __getattr__(self, name: str) -> Any:
-        answers: dict[str, Any] = {
-            "nvmlDeviceGetCount": 2,
-            "nvmlSystemGetDriverVersion": "580.65",
-            "nvmlDeviceGetName": "NVIDIA H100 80GB HBM3",
-            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=80 << 30, used=3 << 30),
-            "nvmlDeviceGetEnforcedPowerLimit": 700_000,
-            "nvmlDeviceGetMaxClockInfo": 1980,
-            "nvmlDeviceGetMigMode": [0, 0],
-            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=pid) for pid in self.pids],
-            "nvmlDeviceGetHandleByIndex": "by index",
-            "nvmlDeviceGetHandleByUUID": "by uuid",
-        }
-        if name not in answers:
-            raise AttributeError(name)
-
-        def answer(*_: Any) -> Any:
-            if name in self.mute:
-                raise Refused(3)
-            return answers[name]
-
-        return answer
 
 
 @pytest.fixture
