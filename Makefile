@@ -6,6 +6,8 @@ ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Zero-shot tasks run through a harness that brings many packages: tests need it, a report does not.
+HARNESS := $(VENV)/.installed-eval
 # The oldest supported transformers cannot share an environment with the newest: they need different hub clients.
 OLDEST := $(ROOT)/.venv-oldest
 OLDEST_TESTS := test_shape test_configs test_surgery test_families test_checkpoint test_verification test_runtimes \
@@ -25,8 +27,12 @@ $(STAMP): $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 report: setup
 	cd $(ROOT) && $(BIN)/python -m bench.quick
 
-test: setup
+test: $(HARNESS)
 	cd $(ROOT) && $(BIN)/python -m pytest
+
+$(HARNESS): $(STAMP)
+	cd $(ROOT) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	touch $@
 
 test-oldest: $(OLDEST)/.installed
 	cd $(ROOT) && $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/%.py)

@@ -79,9 +79,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     with console.steps() as progress:
-        found = named.evaluate(
-            sources.locate(model), wanted, progress, note=lambda text: console.say(f"note: {text}")
-        )
+        found = named.evaluate(sources.locate(model), wanted, progress, note=lambda text: console.say(f"note: {text}"))
     if out is not None:
         write_evaluation(out, found)
         console.say(f"wrote {out}")
