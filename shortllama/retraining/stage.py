@@ -164,7 +164,7 @@ class Run:
             weights.cast(model, {name: torch.float32 for name, _ in model.named_parameters()})
         first = self._micro_batches(0)[0][:_CHECKED]
         expected = self._evaluated(objective, examples.alone(first, self.data), self.data.targets(first))
-        torch.manual_seed(stage.seed)
+        self._draw_from(stage.seed)
         if stage.trains == "lora":
             adapters.attach(model, stage)
         else:
@@ -218,7 +218,7 @@ class Run:
         loss = torch.zeros((), device=self.device)
         for index, chosen in enumerate(pieces):
             if index % self.team.size == self.team.rank:
-                torch.manual_seed(_seed(self.stage.seed, self.step, index))
+                self._draw_from(_seed(self.stage.seed, self.step, index))
                 with self._computing():
                     part = objective(self.model, *self._tensors(*examples.collate(chosen, self.data))) / targets
                 part.backward()
@@ -245,6 +245,12 @@ class Run:
                 f"{self.stage.rate:g}, or --dtype float32"
             )
         return value if good else math.nan
+
+    def _draw_from(self, seed: int) -> None:
+        """Seed the generators in use; torch.manual_seed asks every kind of device, which takes longer than seeding."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _tensors(self, ids_BT: np.ndarray, counts_BT: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(ids_BT).to(self.device), torch.from_numpy(counts_BT).to(self.device)

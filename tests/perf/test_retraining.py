@@ -15,14 +15,12 @@ from shortllama.retraining import adapters, examples, loop
 from shortllama.retraining.recipes import Recipe, Stage
 from shortllama.shape import ModelShape
 
-from .conftest import ratio
-
 # Blocks large enough that their cost, not that of calling them, decides; steps enough that the check of the first loss,
 # two more passes over one micro-batch, is a small part.
 SHAPE = ModelShape.uniform(
     vocabulary=512, hidden=128, head_dim=32, blocks=4, query_heads=4, kv_heads=2, neurons=344, tied=True
 )
-STEPS, BATCH, LENGTH = 24, 8, 64
+STEPS, BATCH, LENGTH = 48, 8, 64
 LEAST_OF_BARE = 0.9
 
 FULL = Stage(trains="all", steps=STEPS, batch=BATCH, micro_batch=BATCH, length=LENGTH, held_out=0, dtype="float32")
@@ -86,7 +84,8 @@ def test_retraining_against_a_bare_loop(benchmark, interleaved, model, timed: bo
     assert np.mean(seen) == pytest.approx(np.mean(expected), rel=0.05)
     benchmark.pedantic(ours, args=(model, stage), rounds=3, warmup_rounds=1)
     ours_s, bare_s = interleaved(lambda: ours(model, stage), lambda: bare(model, stage), 5)
-    of_bare = ratio(bare_s, ours_s)
+    # The least disturbed run of each: what other work on the machine costs is no part of either loop.
+    of_bare = min(bare_s) / min(ours_s)
     benchmark.extra_info.update(tokens=tokens, tokens_per_s_of_bare=round(of_bare, 3))
     if timed:
         assert of_bare >= LEAST_OF_BARE
