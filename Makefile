@@ -14,7 +14,12 @@ OLDEST_TESTS := test_shape test_configs test_surgery test_families test_checkpoi
 	test_criteria test_perplexity
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup report test test-oldest lint bench gate-study clean
+# Slices of a campaign on a GPU with whatever Python has torch and transformers there: nothing is installed or fetched.
+# Wheels that it lacks (msgspec) may lie in wheels/, which git ignores; they are unpacked to a temporary folder.
+CAMPAIGN ?= paper-7b
+MINUTES ?= 9
+
+.PHONY: gpu setup report test test-oldest lint bench gate-study clean
 
 setup: $(STAMP)
 
@@ -56,6 +61,11 @@ bench: setup
 # Goes on where it was stopped (make gate-study OPTIONS="--out reports/gate-study_...").
 gate-study: setup
 	cd $(ROOT) && $(BIN)/python -m bench.gate_study $(OPTIONS)
+
+gpu:
+	cd $(ROOT) && extra=$$(mktemp -d) && trap 'rm -rf "$$extra"' EXIT && \
+	for wheel in wheels/*.whl; do [ -e "$$wheel" ] && $(PYTHON) -m zipfile -e "$$wheel" "$$extra"; done; \
+	PYTHONPATH="$(ROOT):$$extra" $(PYTHON) -m bench.campaign $(CAMPAIGN) --minutes $(MINUTES) $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info
