@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bench.ab import ab
+from bench.ceilings import ceilings
 from bench.compare import compare
 from bench.oom import oom
 from bench.recommend import recommend
@@ -26,6 +27,8 @@ app = typer.Typer(
 app.add_typer(core.app)
 app.command(epilog="Example: shortllama sweep quick --out runs/mine")(sweep)
 app.command(epilog="Example: shortllama oom quick --budget 64MiB --out runs/ends")(oom)
+
+app.command(epilog="Example: shortllama ceilings --device cpu --out ceilings.json")(ceilings)
 
 
 @app.command(epilog="Example: shortllama report runs/mine --out reports/mine")

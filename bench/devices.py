@@ -21,7 +21,8 @@ from shortllama.errors import InputError, UnsupportedError
 class Device(msgspec.Struct, frozen=True):
     """One device: memory in bytes, bandwidth in bytes/s, rates in FLOP/s by dtype (a dtype no source gives is absent).
 
-    `nominal` marks a row that is good for planning only: its figures are no peaks and never serve as a roof.
+    `nominal` marks a row that is good for planning only: its figures are no peaks and never serve as a roof. What a
+    pass reads comes from the last-level cache where `cache_bytes` hold it; only measured devices know (0: unknown).
     """
 
     short: str
@@ -30,6 +31,12 @@ class Device(msgspec.Struct, frozen=True):
     bandwidth: float
     flops: dict[str, float]
     nominal: bool = False
+    cache_bytes: int = 0
+    cache_bandwidth: float = 0.0
+
+    def bandwidth_for(self, read_bytes: int) -> float:
+        """Return the bytes/s at which a pass gets what it reads, from the cache where it fits."""
+        return self.cache_bandwidth if read_bytes <= self.cache_bytes else self.bandwidth
 
     def rate(self, dtype: str) -> float:
         """Return the FLOP/s in `dtype`. Raises UnsupportedError where the table has no figure."""

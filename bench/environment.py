@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from bench import budget, devices, noise, nvml
+from bench import budget, devices, noise, nvml, peaks
 from bench.devices import Device
 from bench.measurement import Environment, environment
 from shortllama.errors import InputError
@@ -171,7 +171,7 @@ def measured(on: Machine, count: int) -> Environment:
         # In whole GiB: what the kernel keeps for itself differs by a little from boot to boot.
         fingerprint |= {"memory_gib": round(devices.host_memory_bytes() / (1 << 30)), "memory_pass": budget.METHOD}
     found = environment(fingerprint, _facts())
-    return msgspec.structs.replace(found, facts=found.facts | noise.facts(found.id))
+    return msgspec.structs.replace(found, facts=found.facts | noise.facts(found.id) | peaks.facts(found.id))
 
 
 def simulated(device: Device, script: Any) -> Environment:

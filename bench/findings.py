@@ -143,7 +143,7 @@ def _why(best: Summary, dense: Summary | None, gain: Estimate) -> str:
     if dense is None or best.row.bounds is None or dense.row.bounds is None:
         return ""
     allowed = dense.row.bounds.decode_bytes / best.row.bounds.decode_bytes
-    if best.row.bounds.regime == "launch":
+    if best.limits is not None and best.limits.regime == "launch":
         return "The step is launch-bound: what counts is the number of kernels, so the number of blocks."
     fewer = f"A step moves {quantities.share(1 - 1 / allowed)} fewer bytes, which allows {quantities.ratio(allowed)}"
     if not wording.is_above(gain, 1):

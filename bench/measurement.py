@@ -90,9 +90,10 @@ class Graphs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The physics of one cell: what one decode step at mid-output must move and compute, and how near we came.
 
-    `roof_s`: the least time of the whole call on this device's peaks, null where peaks are unknown; `achieved`: roof
-    over measured median (0-1); `regime`: launch, bandwidth, compute, cache, or null with the reason in `why`;
-    `ops_per_token`: how often one decode step calls each operation, by name.
+    `roof_s`: the least time of the whole call on the datasheet's peaks, null with the reason in `why` where they are
+    unknown; `achieved`: roof over measured median (0-1); `ops_per_token`: how often one decode step calls each
+    operation, by name. `launch_share` and `regime` are null in files: it takes the same cell in two runtimes to tell,
+    so they are worked out when rows are read (`bench.regimes`).
     """
 
     decode_bytes: int

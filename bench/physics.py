@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of a call against a device's peaks: roofs, and what limits a step. Pure.
+"""Bytes and FLOPs of a call against a device's peaks: roofs. Pure.
 
 A forward pass takes at least max(bytes / bandwidth, FLOPs / rate); a call is one prefill and output - 1 steps. The
 algorithmic bytes of a step are the weights once and the tokens cached so far; what a runtime moves beyond them (all
@@ -92,8 +92,9 @@ def roof_s(shape: ModelShape, cell: Cell, device: Device) -> float:
     """Return the least seconds of a whole call on the device's peaks. Raises UnsupportedError for an unknown rate."""
     rate = device.rate(cell.dtype)
     cost = costs(shape, cell.dtype)
-    prefill = max(prefill_s(cost, device.bandwidth, rate, cell.batch, cell.prompt))
-    return prefill + steps_s(cost, device.bandwidth, rate, cell.batch, cell.prompt, cell.output)
+    bandwidth = device.bandwidth_for(cost.weights + cell.batch * (cell.prompt + cell.output) * cost.kv_token)
+    prefill = max(prefill_s(cost, bandwidth, rate, cell.batch, cell.prompt))
+    return prefill + steps_s(cost, bandwidth, rate, cell.batch, cell.prompt, cell.output)
 
 
 def moved_bytes(shape: ModelShape, cell: Cell, context: int) -> int:
@@ -109,41 +110,20 @@ def moved_bytes(shape: ModelShape, cell: Cell, context: int) -> int:
     return cost.weights + (context + 1) * token + (2 * context + 1) * token
 
 
-def regime(launch_share: float, by_bytes_s: float, by_flops_s: float) -> str:
-    """Return what limits a step: launch, bandwidth or compute."""
-    if launch_share > LAUNCH_BOUND_SHARE:
-        return "launch"
-    return "bandwidth" if by_bytes_s >= by_flops_s else "compute"
-
-
-def bounds(
-    shape: ModelShape,
-    cell: Cell,
-    device: Device | None = None,
-    median_s: float | None = None,
-    launch_share: float | None = None,
-) -> Bounds:
+def bounds(shape: ModelShape, cell: Cell, device: Device | None = None, median_s: float | None = None) -> Bounds:
     """Return the physics of `cell`: costs of the step at mid-output, the call's roof, and how near `median_s` came.
 
-    Without a device whose peaks are known there is no roof; without a launch share there is no regime. `why` says so.
+    Without a device whose peaks are known there is no roof, and `why` says so. What limits the cell takes other rows to
+    tell: see `bench.regimes`.
     """
     context = cell.prompt + cell.output // 2
     known = device is not None and not device.nominal and cell.dtype in device.flops
     roof = roof_s(shape, cell, device) if known and device else None
-    label = None
-    why = None if known else "the peaks of this device are not known"
-    if known and device and launch_share is None:
-        why = "the launch share needs a CUDA-graph run of the same cell"
-    elif known and device and launch_share is not None:
-        rate = device.rate(cell.dtype)
-        label = regime(launch_share, *step_s(costs(shape, cell.dtype), device.bandwidth, rate, cell.batch, context))
     return Bounds(
         decode_bytes=shape.decode_bytes(cell.batch, context, cell.dtype),
         decode_flops=shape.decode_flops(cell.batch, context),
         moved_bytes=moved_bytes(shape, cell, context),
         roof_s=roof,
         achieved=roof / median_s if roof is not None and median_s else None,
-        launch_share=launch_share,
-        regime=label,
-        why=why,
+        why=None if known else "the peaks of this device are not known",
     )

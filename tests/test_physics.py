@@ -82,23 +82,23 @@ def test_a_bound_is_never_better_than_the_roof() -> None:
     assert found.achieved == pytest.approx(0.21, abs=0.01)  # the paper's share of the roof on this device
 
 
-@pytest.mark.parametrize(
-    ("batch", "share", "regime"), [(1, 0.6, "launch"), (1, 0.1, "bandwidth"), (1024, 0.1, "compute")]
-)
-def test_regimes(batch: int, share: float, regime: str) -> None:
-    shape, one = catalogue.lookup("llama-7b"), cell(batch=batch, prompt=1, output=2)
-    assert physics.bounds(shape, one, devices.lookup("h100"), launch_share=share).regime == regime
-
-
 def test_what_cannot_be_known_is_null_with_the_reason() -> None:
     shape = catalogue.lookup("llama-7b")
     for device in (None, devices.lookup("cpu"), devices.unknown("T4", 1 << 34)):
         found = physics.bounds(shape, cell(), device, median_s=1.0)
-        assert (found.roof_s, found.achieved, found.regime) == (None, None, None)
+        assert (found.roof_s, found.achieved) == (None, None)
         assert found.why == "the peaks of this device are not known"
-    unlabelled = physics.bounds(shape, cell(), devices.lookup("h100"), median_s=1.0)
-    assert unlabelled.regime is None
-    assert unlabelled.why is not None
+    assert physics.bounds(shape, cell(), devices.lookup("h100"), median_s=1.0).why is None
+
+
+def test_what_fits_a_known_cache_is_read_at_its_bandwidth() -> None:
+    shape = catalogue.lookup("llama-7b")
+    memory = msgspec.structs.replace(devices.lookup("h100"), flops={"float16": 1e30})
+    whole = physics.costs(shape, "float16").weights + 140 * shape.kv_bytes_per_token("float16")
+    fast = msgspec.structs.replace(memory, cache_bytes=whole, cache_bandwidth=2 * memory.bandwidth)
+    assert physics.roof_s(shape, cell(), fast) == pytest.approx(physics.roof_s(shape, cell(), memory) / 2)
+    small = msgspec.structs.replace(fast, cache_bytes=whole - 1)
+    assert physics.roof_s(shape, cell(), small) == physics.roof_s(shape, cell(), memory)
 
 
 @given(shapes(), st.integers(1, 20), st.integers(1, 50), st.integers(2, 50))

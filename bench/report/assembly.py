@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench import findings
+from bench import findings, regimes
 from bench.report.series import charts
 from bench.report.sources import Origin, combine, describe
 from bench.report.summaries import Grid, grid
@@ -30,11 +30,14 @@ def build(
     for run, origin in zip(results, origins, strict=True):
         for environment in run.environments.values():
             sources.setdefault(environment.id, describe(environment, origin))
+    rows = [row for run in results for row in run.measurements]
+    environments = {key: one for run in results for key, one in run.environments.items()}
     measured = grid(
-        [row for run in results for row in run.measurements],
+        rows,
         [row for run in results for row in run.frontiers],
         sources,
         _perplexities(quality or {}),
+        regimes.joined(rows, environments),
     )
     first = origins[0]
     found = findings.findings(measured, Commands(first.suite or "SUITE.toml", first.run or "RUN"))

@@ -16,6 +16,7 @@ import msgspec
 from bench import timing
 from bench.cells import Cell
 from bench.measurement import Frontier, Measurement
+from bench.regimes import Limits
 from bench.report.palette import kind
 from bench.report.quantities import inert
 from bench.report.values import Source
@@ -41,7 +42,10 @@ class Setting(msgspec.Struct, frozen=True, order=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One cell with its statistics (see bench.timing); `speedup` is over its dense subject at the same batch."""
+    """One cell with its statistics (see bench.timing); `speedup` is over its dense subject at the same batch.
+
+    `limits`: what limits the cell (see bench.regimes), None for a cell without times.
+    """
 
     row: Measurement
     setting: Setting
@@ -49,6 +53,7 @@ class Summary(msgspec.Struct, frozen=True):
     throughput: Estimate | None
     peak_bytes: int | None
     speedup: Estimate | None = None
+    limits: Limits | None = None
 
     @property
     def counts(self) -> bool:
@@ -116,13 +121,16 @@ def grid(
     frontiers: Sequence[Frontier],
     sources: Mapping[str, Source],
     perplexity: Mapping[str, Mapping[str, Perplexity]],
+    limits: Sequence[Limits | None] = (),
 ) -> Grid:
-    """Return the Grid of these rows; time and memory grow linearly with them."""
+    """Return the Grid of these rows; time and memory grow linearly with them. `limits` is parallel to the rows."""
     names = dict.fromkeys([m.cell.subject for m in measurements] + [f.cell.subject for f in frontiers])
     parameters = {m.cell.subject: m.parameters for m in measurements if m.parameters is not None}
     baseline = baselines(tuple(names), parameters)
     subjects = ordered(tuple(names), baseline)
-    rows = in_order(with_speedups([summarise(row) for row in measurements], baseline), subjects)
+    known = limits or (None,) * len(measurements)
+    summaries = [summarise(row, limit) for row, limit in zip(measurements, known, strict=True)]
+    rows = in_order(with_speedups(summaries, baseline), subjects)
     return Grid(
         sources, rows, _groups(rows, frontiers), subjects, baseline, labels(subjects, baseline), parameters, perplexity
     )
@@ -151,7 +159,7 @@ def in_order(rows: Sequence[Summary], subjects: Sequence[str]) -> tuple[Summary,
     return tuple(sorted(rows, key=lambda r: (settings[r.setting], places[r.cell.subject], r.cell.batch)))
 
 
-def summarise(row: Measurement) -> Summary:
+def summarise(row: Measurement, limits: Limits | None = None) -> Summary:
     """Return the statistics of one row, without a speed-up."""
     cell, memory = row.cell, row.memory
     setting = Setting(
@@ -162,7 +170,7 @@ def summarise(row: Measurement) -> Summary:
     peak = next((value for value in peaks if value is not None), None)
     if row.outcome not in MEASURED:
         return Summary(row, setting, None, None, peak)
-    return Summary(row, setting, timing.latency(row), timing.throughput(row), peak)
+    return Summary(row, setting, timing.latency(row), timing.throughput(row), peak, limits=limits)
 
 
 def quotient(above: Estimate, below: Estimate) -> Estimate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench import timing
+from bench.regimes import Limits
 from bench.report.quantities import inert
 from bench.report.sources import combine
 from bench.report.summaries import Grid, Group, Setting, Summary
@@ -92,6 +93,15 @@ def cells(grid: Grid) -> Table | None:
         Column("repeats", "Repeats", "integer"),
         Column("stop", "Ended by"),
         Column("regime", "Regime"),
+        Column("launch_share", "Launch share", "share"),
+        Column("dispatch_share", "Dispatching at least", "share"),
+        Column("of_measured_roof", "Of measured roof", "share"),
+        Column("of_datasheet_roof", "Of datasheet roof", "share"),
+        Column("measured_bandwidth_share", "MBU, measured", "share"),
+        Column("measured_compute_share", "MFU, measured", "share"),
+        Column("datasheet_bandwidth_share", "MBU, datasheet", "share"),
+        Column("datasheet_compute_share", "MFU, datasheet", "share"),
+        Column("regime_reason", "Why no regime"),
         Column("parameters", "Parameters", "parameters"),
         Column("session", "Session"),
         Column("environment", "Environment"),
@@ -104,6 +114,12 @@ def cells(grid: Grid) -> Table | None:
             "speedup_interval",
             "repeats",
             "stop",
+            "dispatch_share",
+            "measured_bandwidth_share",
+            "measured_compute_share",
+            "datasheet_bandwidth_share",
+            "datasheet_compute_share",
+            "regime_reason",
             "parameters",
             "session",
             "environment",
@@ -116,7 +132,7 @@ def cells(grid: Grid) -> Table | None:
 
 
 def _cell_row(grid: Grid, summary: Summary) -> tuple[Value, ...]:
-    row, cell = summary.row, summary.cell
+    row, cell, limits = summary.row, summary.cell, summary.limits or Limits()
     return (
         *_context(grid, cell.subject, summary.setting),
         cell.batch,
@@ -132,7 +148,16 @@ def _cell_row(grid: Grid, summary: Summary) -> tuple[Value, ...]:
         remark(summary),
         len(row.samples.call_s),
         row.stop,
-        row.bounds.regime if row.bounds else None,
+        limits.regime,
+        limits.launch_share,
+        limits.dispatch_share,
+        limits.measured.roof,
+        limits.sheet.roof,
+        limits.measured.bandwidth,
+        limits.measured.compute,
+        limits.sheet.bandwidth,
+        limits.sheet.compute,
+        limits.why,
         row.parameters,
         row.session.id,
         row.environment,
