@@ -66,6 +66,8 @@ class Sampler:
         """Measure the power of the device while nothing runs on it; takes 4.5 s, and no time on a CPU."""
         if self._index is None or self.lost:
             return
+        self.begin(None, None, sampled=False)
+        self.end(None)  # answered when it has started
         self.begin(None, None)
         sleep(IDLE_S)
         found = self.end(None)
