@@ -323,7 +323,7 @@ def show_retraining(record: Record) -> None:
     """Print what a checkpoint was retrained on, one row a stage."""
     rows = []
     for done in record.stages:
-        first, last = (f"{one.nll:.4f}" for one in (done.held_out[0], done.held_out[-1])) if done.held_out else "--"
+        learned = f"{done.held_out[0].nll:.4f} -> {done.held_out[-1].nll:.4f}" if done.held_out else "-"
         refused = sum(loss is None for loss in done.losses)
         peak = "-" if done.cost.peak_bytes is None else size(done.cost.peak_bytes)
         rows.append(
@@ -333,7 +333,7 @@ def show_retraining(record: Record) -> None:
                 f"{len(done.losses):,}" + (f" ({refused} refused)" if refused else ""),
                 f"{done.cost.tokens:,}",
                 count(done.trained_parameters),
-                f"{first} -> {last}",
+                learned,
                 f"{done.cost.wall_s:,.0f} s",
                 peak,
             )

@@ -294,6 +294,11 @@ def test_every_pass_takes_every_example_once(count: int, batch: int, seed: int):
         assert sorted(taken[number * count : (number + 1) * count]) == list(range(5, count + 5))
 
 
+def test_every_pass_has_an_order_of_its_own():
+    first, second = (examples.shuffled(50, 0, number).tolist() for number in range(2))
+    assert first != second != examples.shuffled(50, 1, 1).tolist()
+
+
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 99))
 def test_collation_pads_right_and_counts_targets_only(count: int, rows: int, seed: int):
     found = of(count, np.random.default_rng(seed))
