@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def stories(data_dir: Path) -> Path:
 def grown(data_dir: Path) -> Path:
     """A 12-block model whose blocks 1,3,5,6,8,9,11 are near redundant by construction."""
     return data_dir / "weights" / "stories_grown12L_DERIVED"
+
+
+@pytest.fixture(scope="session")
+def harness() -> None:
+    """lm-evaluation-harness, an extra: absent only where somebody chose so, which CI does not."""
+    if find_spec("lm_eval") is None:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("lm-evaluation-harness is not installed: pip install 'shortllama[eval]'")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -171,9 +170,7 @@ def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(reference, want
         named.evaluate(reference, wanted)
 
 
-def test_against_needs_something_to_compare(reference):
-    if find_spec("lm_eval") is None:
-        pytest.skip("lm-evaluation-harness is not installed: pip install 'shortllama[eval]'")
+def test_against_needs_something_to_compare(harness, reference):
     with pytest.raises(InputError, match="--against compares predictions and text"):
         named.evaluate(reference, Wanted(tasks=("piqa",), against=reference))
 
@@ -228,9 +225,7 @@ def test_the_command_writes_one_document(run_command, story, tmp_path):
 
 
 @pytest.mark.data
-def test_the_command_runs_tasks_over_local_files(run_command, data_dir, tmp_path):
-    if find_spec("lm_eval") is None:
-        pytest.skip("lm-evaluation-harness is not installed: pip install 'shortllama[eval]'")
+def test_the_command_runs_tasks_over_local_files(harness, run_command, data_dir, tmp_path):
     done = run_command(
         "eval", "reference", "--tasks", "piqa,lambada", "--task-data", data_dir / "zeroshot", "--limit", 3,
         cwd=tmp_path,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import copy
 import json
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ from shortllama import surgery
 from shortllama.errors import InputError, UnsupportedError
 from shortllama.evaluation import tasks, zeroshot
 from shortllama.evaluation.tasks import TASKS, Item, lookup, read
-
-
-@pytest.fixture(scope="module")
-def harness():
-    """The harness is an extra; where the suite runs whole, it is installed."""
-    if find_spec("lm_eval") is None:
-        pytest.skip("lm-evaluation-harness is not installed: pip install 'shortllama[eval]'")
-
 
 # -- the oracle -------------------------------------------------------------------------------------------------------
 

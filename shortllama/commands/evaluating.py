@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shortllama import console, options, sources
-from shortllama.evaluation import named, shown, tasks
+from shortllama.evaluation import shown, tasks
 from shortllama.evaluation.results import write_evaluation
 
 Ppl = Annotated[
@@ -64,6 +64,8 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure what a model is worth: perplexity, zero-shot accuracy, text; with the protocol beside each number."""
+    from shortllama.evaluation import named
+
     options.check_output_file(out)
     wanted = named.Wanted(
         texts=tuple(ppl or ()),
