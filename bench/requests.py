@@ -10,7 +10,19 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from bench import devices, environment, filters, quality, run_folder, runner, runtime_rows, runtimes, schedule
+from bench import (
+    calibrated,
+    devices,
+    environment,
+    filters,
+    quality,
+    run_folder,
+    runner,
+    runtime_rows,
+    runtimes,
+    schedule,
+)
+from bench.calibrated import Calibration
 from bench.cells import Suite, check_suite, read_suite, suite_path
 from bench.environment import Machine
 from bench.schedule import Schedule
@@ -47,13 +59,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A suite with the command's changes, its document, the machine, and the schedule there."""
+    """A suite with the command's changes, its document, the machine, and the schedule there.
+
+    `calibration`: what predicted the schedule's times, None for the shipped factors.
+    """
 
     name: str
     suite: Suite
     text: bytes
     machine: Machine
     plan: Schedule
+    calibration: Calibration | None = None
 
     def folder(self, out: Path | None) -> Path:
         """Return the run's folder: the one given, or the one named by suite, device and date."""
@@ -75,6 +91,7 @@ def read(
     cells: str | None = None,
     dry_run: bool = False,
     batch: tuple[int, ...] | None = None,
+    calibrated_by: Path | None = None,
     **changes: Any,
 ) -> Request:
     """Return what is asked for; `changes`: runtime, budget, timing, seed, telemetry, None where the suite's own holds.
@@ -85,9 +102,11 @@ def read(
     machine = environment.machine(device)
     _check_device(suite, machine, dry_run)
     gridded = suite if batch is None else msgspec.structs.replace(suite, batch=batch)
-    plan = schedule.plan(gridded, machine.device, keep=filters.parse(cells) if cells else None)
+    by = calibrated.read(calibrated_by, machine) if calibrated_by else None
+    keep = filters.parse(cells) if cells else None
+    plan = schedule.plan(gridded, by.device if by else machine.device, keep=keep, factors=by.factors if by else None)
     _check_fits(plan)
-    return Request(name, suite, text, machine, plan)
+    return Request(name, suite, text, machine, plan, by)
 
 
 def _suite(name: str, **changes: Any) -> tuple[Suite, bytes]:

@@ -17,6 +17,7 @@ import msgspec
 from bench import memory, prediction, timing
 from bench.cells import Cell, Suite, budget_bytes, expand
 from bench.devices import Device
+from bench.fitting import Factors
 from bench.measurement import Measurement
 from bench.subjects import Subject, resolve_all
 from shortllama.errors import InputError
@@ -72,24 +73,42 @@ def plan(
     *,
     keep: Callable[[Cell], bool] | None = None,
     subjects: Mapping[str, Subject] | None = None,
+    factors: Factors | None = None,
 ) -> Schedule:
     """Return the schedule of `suite` on `device`; `keep` chooses among its cells.
 
-    `subjects` are resolved from their names unless given. Raises InputError for a subject that is not understood, and
+    `subjects` are resolved from their names unless given; `factors` predict times instead of those that are shipped,
+    where they have the runtime and dtype. Raises InputError for a subject that is not understood, and
     where `keep` leaves nothing.
     """
     found = resolve_all(suite.subjects) if subjects is None else subjects
     suite = msgspec.structs.replace(suite, subjects=tuple(found))
-    rule = timing.rule(suite.timing, suite.cell_seconds)
+    clock = _Clock(device, timing.rule(suite.timing, suite.cell_seconds), factors or {})
     open_ended = not isinstance(suite.batch, tuple) and suite.batch.until == "oom"
     groups = [
-        _group(key, cells, found[key.subject], device, rule, keep, open_ended)
+        _group(key, cells, found[key.subject], clock, keep, open_ended)
         for key, cells in groupby(expand(suite), key=_key)
     ]
     groups = [group for group in groups if group.cells]
     if not groups:
         raise InputError("the cell filter leaves no cell of the suite; widen --cells")
     return Schedule(_imply(_ordered(suite, groups)))
+
+
+class _Clock(msgspec.Struct, frozen=True):
+    """What predicts times: a device, a timing rule, and factors that replace the shipped ones."""
+
+    device: Device
+    rule: timing.Rule
+    factors: Factors
+
+    def seconds(self, cell: Cell, subject: Subject) -> tuple[float, float] | tuple[None, None]:
+        """Return the predicted seconds of one call and of the whole cell; None where the dtype's rate is unknown."""
+        if cell.dtype not in self.device.flops:
+            return None, None
+        given = self.factors.get((cell.runtime, cell.dtype))
+        call = prediction.call_s(subject.shape, cell, self.device, given)
+        return call, prediction.cell_s(call, self.rule)
 
 
 def _key(cell: Cell) -> Cell:
@@ -100,31 +119,21 @@ def _group(
     key: Cell,
     cells: Iterable[Cell],
     subject: Subject,
-    device: Device,
-    rule: timing.Rule,
+    clock: _Clock,
     keep: Callable[[Cell], bool] | None,
     open_ended: bool,
 ) -> Group:
     budget = budget_bytes(key.budget)
-    limit = device.memory_bytes if budget is None else min(budget, device.memory_bytes)
+    limit = clock.device.memory_bytes if budget is None else min(budget, clock.device.memory_bytes)
     planned: list[Planned] = []
     for cell in cells:
         size = memory.predict(subject.shape, cell.runtime, cell.dtype, cell.batch, cell.prompt, cell.output)
         if keep is None or keep(cell):
-            call, spent = _seconds(cell, subject, device, rule) if size <= limit else (0.0, 0.0)
+            call, spent = clock.seconds(cell, subject) if size <= limit else (0.0, 0.0)
             planned.append(Planned(cell, cell.id, size, call, spent, "ok" if size <= limit else "oom"))
         if open_ended and size > BEYOND * limit:
             break
     return Group(key, subject, limit, tuple(planned))
-
-
-def _seconds(
-    cell: Cell, subject: Subject, device: Device, rule: timing.Rule
-) -> tuple[float, float] | tuple[None, None]:
-    if cell.dtype not in device.flops:
-        return None, None
-    call = prediction.call_s(subject.shape, cell, device)
-    return call, prediction.cell_s(call, rule)
 
 
 def _ordered(suite: Suite, groups: list[Group]) -> list[Group]:

@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
 
-from bench import profiling, requests, runner
+from bench import dry_runs, profiling, requests, runner
 from bench.cells import Cell
 from bench.measurement import Measurement
-from bench.report import quantities
 from bench.requests import Request
-from bench.schedule import Planned, Schedule
+from bench.schedule import Schedule
 from shortllama import console
+from shortllama.errors import InputError
 
 
 def sweep(
@@ -52,13 +52,19 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells with predictions; measure nothing.")
     ] = False,
+    calibrated_by: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="With --dry-run: predict times by factors fitted to this run's cells."),
+    ] = None,
     as_json: requests.AsJson = False,
 ) -> int:
     """Measure every cell of a suite until memory ends; out of memory is a result. Exit code 1 if a cell failed."""
     changes = {"runtime": runtime, "budget": budget, "timing": timing, "seed": seed, "telemetry": telemetry}
-    request = requests.read(suite, device=device, cells=cells, dry_run=dry_run, **changes)
+    if calibrated_by and not dry_run:
+        raise InputError(f"--calibrated-by {calibrated_by} is for predictions; add --dry-run, or leave it out")
+    request = requests.read(suite, device=device, cells=cells, dry_run=dry_run, calibrated_by=calibrated_by, **changes)
     if dry_run:
-        _show(request.plan, as_json)
+        dry_runs.show(request.plan, request.calibration, as_json=as_json)
         return 0
     folder = request.folder(out)
     if profile:
@@ -91,28 +97,6 @@ def _profile(request: Request, folder: Path, cell: str, timeout_s: float | None,
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------
-
-
-def _show(plan: Schedule, as_json: bool) -> None:
-    if as_json:
-        console.emit({"cells": [_plain(one) for one in plan.planned()]})
-        return
-    rows = [(one.cell.label, quantities.size(one.memory_bytes), _time(one), one.expected) for one in plan.planned()]
-    heads = ("cell", "memory", "call", "expected")
-    widths = [max(len(row[column]) for row in (*rows, heads)) for column in range(4)]
-    for name, *figures in (heads, *rows):
-        padded = (part.rjust(width) for part, width in zip(figures, widths[1:], strict=True))
-        sys.stdout.write("  ".join((name.ljust(widths[0]), *padded)) + "\n")
-    sys.stdout.write(f"{len(rows)} cells in {len(plan.groups)} groups, about {quantities.seconds(plan.seconds)}\n")
-
-
-def _plain(one: Planned) -> dict[str, Any]:
-    fields = msgspec.structs.asdict(one)
-    return msgspec.structs.asdict(fields.pop("cell")) | fields
-
-
-def _time(one: Planned) -> str:
-    return quantities.MISSING if not one.call_s else quantities.seconds(one.call_s)
 
 
 @contextmanager

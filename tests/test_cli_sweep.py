@@ -60,17 +60,22 @@ def test_a_dry_run_lists_every_cell_with_predictions(run_command: Callable, suit
     assert {one["expected"] for one in cells} == {"ok", "oom", "oom-implied"}
     for one in cells:
         assert (one["call_s"] > 0) == (one["expected"] == "ok")
+        if one["expected"] == "ok":
+            assert one["tokens_per_s"] == pytest.approx(one["batch"] * one["output"] / one["call_s"])
         assert (one["memory_bytes"] > 24 << 30) == (one["expected"] != "ok")
     assert sorted(path.name for path in suite.parent.iterdir()) == ["mine.toml"], "a dry run writes nothing"
 
 
 def test_a_dry_run_for_people_is_a_table(run_command: Callable, suite: Path) -> None:
     done = run_command("sweep", suite, "--dry-run", *SIMULATED, "--cells", "batch==1 and subject=='llama-7b'")
-    heads, *rows, total = done.stdout.splitlines()
-    assert heads.split() == ["cell", "memory", "call", "expected"]
+    heads, *rows, total, _, ends, first, second = done.stdout.splitlines()
+    assert heads.split() == ["cell", "memory", "call", "tokens/s", "expected"]
     assert len(rows) == 2
     assert "llama-7b roofline float16 M1 P12 L128" in rows[0]
     assert total.startswith("2 cells in 2 groups, about")
+    assert ends.startswith("largest batch that fits, by the memory model")
+    assert first.startswith("llama-7b roofline float16 P12 L128")
+    assert int(first.split()[-3].replace(",", "")) > int(second.split()[-3].replace(",", "")) > 0
 
 
 def test_a_dry_run_imports_no_torch(suite: Path) -> None:
