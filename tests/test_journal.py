@@ -247,6 +247,7 @@ def passes(scores: Scores) -> float:
 CASES = [
     ("ppl", 4, ()),
     ("kl", 10, ("--iterative",)),
+    ("bi", 3, ("--iterative",)),
     ("ppl", 9, ("--unit", "module")),
     ("taylor", 3, ()),
     ("taylor-sample", 3, ()),
