@@ -10,7 +10,7 @@ import msgspec
 
 from bench import timing
 from bench.measurement import Measurement
-from bench.telemetry.fields import ENERGY
+from bench.telemetry import fields
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -55,7 +55,7 @@ def _operations(row: Measurement) -> float | None:
 
 def _energy(row: Measurement) -> float | None:
     """Gross joules a token, where the telemetry pass could tell."""
-    value = row.telemetry.get(ENERGY)
+    value = row.telemetry.get(fields.ENERGY)
     return float(value) if isinstance(value, int | float) and value > 0 else None
 
 
@@ -64,13 +64,14 @@ def _elsewhere(row: Measurement) -> float | None:
     return None
 
 
+ENERGY = Metric("energy", "J/token", _energy)
 LATENCY = Metric("latency", "s", _latency)
 METRICS = (
     LATENCY,
     Metric("throughput", "tokens/s", _throughput, "higher"),
     Metric("first-token", "s", _first_token),
     Metric("per-token", "s", timing.per_token),
-    Metric("energy", "J/token", _energy),
+    ENERGY,
     Metric("parameters", "parameters", lambda row: row.parameters, exact=True, anywhere=True),
     Metric("decode-bytes", "bytes", lambda row: row.bounds and row.bounds.decode_bytes, exact=True, anywhere=True),
     Metric("analytic-memory", "bytes", lambda row: row.memory.analytic, exact=True, anywhere=True),

@@ -14,12 +14,13 @@ from itertools import groupby
 
 import msgspec
 
-from bench import memory, prediction, timing
+from bench import memory, prediction, runtimes, timing
 from bench.cells import Cell, Suite, budget_bytes, expand
 from bench.devices import Device
 from bench.fitting import Factors
 from bench.measurement import Measurement
 from bench.subjects import Subject, resolve_all
+from bench.telemetry import loop
 from shortllama.errors import InputError
 
 # An open range ends at the first batch predicted to need this many times the limit: the model's own error, and room
@@ -30,8 +31,8 @@ BEYOND = 1.5
 class Planned(msgspec.Struct, frozen=True):
     """One cell with its predictions. `expected`: ok, oom (predicted over the limit) or oom-implied (dominated by such).
 
-    `call_s`: one generation, `cell_s`: with warm-up and repeats; both 0 where the cell is expected not to run, and None
-    where the device table has no rate for its dtype.
+    `call_s`: one generation, `cell_s`: with warm-up, repeats and telemetry; both 0 where the cell is expected not to
+    run, and None where the device table has no rate for its dtype.
     """
 
     cell: Cell
@@ -89,7 +90,7 @@ def plan(
         _group(key, cells, found[key.subject], clock, keep, open_ended)
         for key, cells in groupby(expand(suite), key=_key)
     ]
-    groups = [group for group in groups if group.cells]
+    groups = [_looped(group, device) if suite.telemetry else group for group in groups if group.cells]
     if not groups:
         raise InputError("the cell filter leaves no cell of the suite; widen --cells")
     return Schedule(_imply(_ordered(suite, groups)))
@@ -109,6 +110,18 @@ class _Clock(msgspec.Struct, frozen=True):
         given = self.factors.get((cell.runtime, cell.dtype))
         call = prediction.call_s(subject.shape, cell, self.device, given)
         return call, prediction.cell_s(call, self.rule)
+
+
+def _looped(group: Group, device: Device) -> Group:
+    """The group with the time in which its cells are called again for the sampler; simulated ones are not."""
+    if group.key.runtime in runtimes.SIMULATED:
+        return group
+    seconds = loop.SECONDS["cpu" if device.short == "cpu" else "cuda"]
+    cells = tuple(
+        msgspec.structs.replace(one, cell_s=one.cell_s + max(one.call_s, seconds)) if one.cell_s and one.call_s else one
+        for one in group.cells
+    )
+    return msgspec.structs.replace(group, cells=cells)
 
 
 def _key(cell: Cell) -> Cell:

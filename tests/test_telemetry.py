@@ -7,10 +7,16 @@ from typing import Any
 
 import msgspec
 import pytest
+import report_cases as cases
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import rows, schedule
+from bench.cells import Cell, Suite
+from bench.devices import lookup
+from bench.measurement import LARGEST_LINE_BYTES, Measurement, Samples, SessionId
 from bench.metrics import BY_NAME
+from bench.report.assembly import build
 from bench.telemetry import fields, throttling, window
 from bench.telemetry.fields import FIELDS, OTHERS, REASONS
 from bench.telemetry.readings import Loop, Reading, Window
@@ -285,3 +291,47 @@ def test_a_reason_for_most_is_said_once() -> None:
     assert row[REASONS] == {OTHERS: "no device", "tokens": "why not"}
     assert fields.reason(row, "calls") is None
     assert fields.absent("gone")[REASONS] == {OTHERS: "gone"}
+
+
+def test_the_longest_row_fits_its_line_with_telemetry() -> None:
+    """All samples that a row may have, and every field: the steps give way, by means of neighbours."""
+    cell = Cell("some-organisation/some-model/wanda-sp:0.25", "cudagraph", "bfloat16", "sdpa", 512, 4096, "24GiB", 1024)
+    numbers = tuple(round(0.01 + number / 7e6, 7) for number in range(256))
+    samples = Samples(numbers[:100], numbers[:100], numbers, numbers[:100])
+    telemetry = summed(made())
+    row = Measurement(cell, cell.id, "e" * 16, "ok", False, SessionId("s" * 8), samples=samples, telemetry=telemetry)
+    assert rows._fitting(row) == row
+    row = msgspec.structs.replace(row, reason="x" * (LARGEST_LINE_BYTES - len(msgspec.json.encode(row))))
+    fitted = rows._fitting(row)
+    assert len(msgspec.json.encode(fitted)) < LARGEST_LINE_BYTES
+    assert len(fitted.samples.step_s) == 128
+    assert sum(fitted.samples.step_s) / 128 == pytest.approx(sum(numbers) / 256, rel=1e-5)
+    assert msgspec.structs.replace(fitted, samples=samples) == row
+    assert rows._fitting(fitted) == fitted
+
+
+def test_the_report_shows_energy_and_what_to_know_of_a_row() -> None:
+    results = cases.sweep({"reference": (12, 7e6, 1_900_000)}, {"eager": 1.0}, (1, 2))
+    told = summed(made(more={"events": lambda at: 4}))
+    first, second = results.measurements
+    results = msgspec.structs.replace(results, measurements=(msgspec.structs.replace(first, telemetry=told), second))
+    (table,) = (one for one in build([results]).tables if one.name == "cells")
+    keys = [column.key for column in table.columns]
+    shown = [(row[keys.index("joules_per_token")], row[keys.index("remark")]) for row in table.rows]
+    assert shown[0] == (told[fields.ENERGY], "power-capped")
+    assert shown[1][0] is None
+    assert "joules_per_token" not in table.hidden
+    (without,) = (
+        one for one in build([cases.sweep({"a": (2, 1e6, 9)}, {"eager": 1.0}, (1,))]).tables if one.name == "cells"
+    )
+    assert "joules_per_token" in without.hidden
+
+
+@pytest.mark.parametrize(("runtime", "seconds"), [("eager", 2.0), ("roofline", 0.0)])
+def test_a_schedule_counts_the_telemetry_pass(runtime: str, seconds: float) -> None:
+    plain = Suite("shortllama.suite/1", ("llama-7b",), (runtime,), output=(4,))
+    device = lookup("rtx3090") if runtime == "roofline" else msgspec.structs.replace(lookup("rtx3090"), short="cpu")
+    (one,) = schedule.plan(plain, device).planned()
+    (more,) = schedule.plan(msgspec.structs.replace(plain, telemetry=True), device).planned()
+    assert one.cell_s is not None
+    assert more.cell_s == pytest.approx(one.cell_s + seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench import timing
+from bench.metrics import ENERGY
 from bench.regimes import Limits
 from bench.report.quantities import inert
 from bench.report.sources import combine
@@ -88,6 +89,7 @@ def cells(grid: Grid) -> Table | None:
         Column("speedup_interval", "Speed-up interval", "ratio", interval=True),
         Column("peak_bytes", "Peak memory", "bytes"),
         Column("predicted_bytes", "Predicted", "bytes"),
+        Column("joules_per_token", "Energy a token", "J/token"),
         Column("outcome", "Outcome"),
         Column("remark", "Remark"),
         Column("repeats", "Repeats", "integer"),
@@ -144,6 +146,7 @@ def _cell_row(grid: Grid, summary: Summary) -> tuple[Value, ...]:
         ends(summary.speedup),
         summary.peak_bytes,
         row.memory.analytic,
+        ENERGY.value(row),
         row.outcome,
         remark(summary),
         len(row.samples.call_s),
@@ -174,9 +177,8 @@ def remark(summary: Summary) -> str | None:
         return "a smaller batch ran out of memory"
     if row.outcome in ("skipped", "failed", "timed-out", "unstable"):
         return row.reason
-    if timing.is_short(row):
-        return f"{len(row.samples.call_s)} repeats only"
-    return None
+    short = [f"{len(row.samples.call_s)} repeats only"] if timing.is_short(row) else []
+    return ", ".join([*short, *row.telemetry.get("flags", ())]) or None
 
 
 def quality(grid: Grid) -> Table | None:
