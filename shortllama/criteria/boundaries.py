@@ -1,6 +1,6 @@
 """Where hidden states wait between a forward pass and the way back: in memory, or in a file where they are too many.
 
-The way back through L blocks needs what entered each of them, N * T * D values a block: 69 GB for 1000 sequences of 128
+The way back through L blocks needs what entered each of them, N * T * D values a block: 67 GB for 1000 sequences of 128
 tokens at 7B in float32. They are kept in the precision in which they were computed (16 bits of a 16-bit model), so that
 scores do not depend on where they wait: in memory while all of them fit `memory.STATES_BYTES`, else in a temporary file
 that has no name, which is gone with the process however it ends. Both are one piece: thousands of small tensors would

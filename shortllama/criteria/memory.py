@@ -11,7 +11,8 @@ Taylor and llm-pruner go backward block by block (`taylor.walk`). Beside the wei
 and batches are so small that gradients and activations stay below one and a half blocks of gradients (two and a half
 for param_mix), unless one sequence alone needs more. Forward criteria hold one batch: ppl and kl its states and logits,
 the traced ones two of its states. Activations were counted on live memory of blocks of many sizes; the terms stand in
-`_Block`. Not in here: the interpreter, what an allocator does not give back, workspaces of a GPU.
+`_Block`. Not in here: code that a process pages in when it first computes, what an allocator does not give back,
+workspaces of a GPU.
 
 Legend: B batch, T tokens, N sequences, L blocks, D hidden, q and k widths of all query and KV heads, F neurons,
 V vocabulary.
