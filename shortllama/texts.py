@@ -17,14 +17,13 @@ from typing import Any
 
 import msgspec
 
-from shortllama import files, hub
+from shortllama import hub, pieces
 from shortllama.errors import InputError
 
 IDS = "ids:"
 HUB = hub.PREFIX
 SUFFIXES = (".jsonl", ".txt", ".raw")
 DATA_VARIABLE = "SHORTLLAMA_DATA"
-_SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
 
 
 class Documents(msgspec.Struct, frozen=True):
@@ -49,7 +48,7 @@ def read_documents(src: str, data_dir: Path | None = None, use: hub.Use = "calib
         split = asked.split
     else:
         paths, name, split = locate(src, data_dir)
-        texts = tuple(text for path in paths for text in _read_file(path))
+        texts = tuple("".join(document) for document in pieces.Reading(paths))
     if not texts:
         raise InputError(f"{src}: holds no text; give a file with some")
     return Documents(name, texts, split)
@@ -100,19 +99,6 @@ def _in_folder(folder: Path, name: str, split: str, suffixes: tuple[str, ...]) -
     return [path for path in found if not split or split in re.split(r"[._-]", path.name)]
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    data = files.read_bytes(path)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); give a text or JSONL file") from None
-    if path.suffix == ".jsonl":
-        yield from (document for document in _jsonl_texts(text, path) if document.strip())
-        return
-    parts = _SEPARATOR.split(text)
-    yield from (part if len(parts) == 1 else part.strip() for part in parts if part.strip())
-
-
 def json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 1, decoded JSON) of each line that is not blank."""
     for number, line in enumerate(text.split("\n"), start=1):
@@ -124,31 +110,15 @@ def json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             raise InputError(f"{path}:{number}: not JSON ({error.msg}); expected one document a line") from None
 
 
-def _jsonl_texts(text: str, path: Path) -> Iterator[str]:
-    for number, value in json_lines(text, path):
-        document = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(document, str):
-            seen = f"keys {', '.join(sorted(value)[:6])}" if isinstance(value, dict) else repr(value)[:40]
-            raise InputError(f'{path}:{number}: saw {seen}; expected a string or an object with "text"')
-        yield document
-
-
 def read_ids(path: Path) -> tuple[tuple[int, ...], ...]:
     """Return the token id sequences of a JSONL file, one list a line, exactly as given.
 
     Raises InputError with the line number for a line that is not a list of at least two token ids.
     """
-    sequences: list[tuple[int, ...]] = []
-    for number, value in json_lines(files.read_bytes(path).decode("utf-8", "replace"), path):
-        good = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
-        if not good:
-            raise InputError(f"{path}:{number}: saw {str(value)[:40]!r}; expected a list of token ids such as [1, 403]")
-        if len(value) < 2:
-            raise InputError(f"{path}:{number}: {len(value)} token ids; at least 2 are needed to predict one")
-        sequences.append(tuple(value))
+    sequences = tuple(pieces.sequences(path))
     if not sequences:
         raise InputError(f"{path}: holds no token ids; expected one list a line")
-    return tuple(sequences)
+    return sequences
 
 
 def check_vocabulary(sequences: Iterable[Iterable[int]], vocabulary: int, name: str) -> None:

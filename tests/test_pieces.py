@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -73,12 +72,3 @@ def test_what_is_not_text_is_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
         whole(tmp_path / name)
-
-
-def test_agrees_with_the_reader_of_whole_files(tmp_path):
-    from shortllama import texts
-
-    (tmp_path / "t.txt").write_text(f"  a b\n\nc \n{SEPARATOR}\n\n d\n{SEPARATOR}\n \n")
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(text) + "\n" for text in (" a ", "", "b\nc")))
-    for path in tmp_path.iterdir():
-        assert tuple(whole(path)) == texts.read_documents(str(path)).texts
