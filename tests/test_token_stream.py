@@ -143,3 +143,32 @@ def test_real_text_with_real_tokenizers(data_dir, stories, name):
         assert rows_N3[:, 0].tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         assert rows_N3[:, 1].sum() == len(text.encode())
         assert rows_N3[:, 2].sum() == len(text.split())
+
+
+class Drifting:
+    """One token a character, which is another one within 80 characters of the start of what is tokenized."""
+
+    is_fast = True
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool, return_offsets_mapping: bool = False):
+        ids = [ord(letter) + (1000 if at < 80 else 0) for at, letter in enumerate(text)]
+        return {"input_ids": ids, "offset_mapping": [(at, at + 1) for at in range(len(text))]}
+
+
+def test_chunks_are_joined_where_they_agree_and_not_in_the_middle(small):
+    text = prose(400)
+    expected = Drifting()(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert rows_of(text, Drifting(), range(0, len(text), 7))[:, 0].tolist() == expected
+
+
+class Overlapping:
+    """Tokens that cover the same characters twice."""
+
+    is_fast = True
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool, return_offsets_mapping: bool = False):
+        return {"input_ids": [1, 2, 3], "offset_mapping": [(0, 3), (1, 2), (3, 4)]}
+
+
+def test_no_byte_is_counted_twice():
+    assert rows_of("a bc", Overlapping())[:, 1:].tolist() == [[3, 2], [0, 0], [1, 0]]
