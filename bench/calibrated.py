@@ -19,6 +19,7 @@ from bench.environment import Machine
 from bench.fitting import Error, Key
 from bench.measurement import Environment, Measurement
 from bench.prediction import Overheads
+from shortllama import catalogue, sources
 from shortllama.errors import InputError, ShortllamaError
 from shortllama.shape import ModelShape
 
@@ -36,17 +37,25 @@ class Calibration(msgspec.Struct, frozen=True):
     unseen: Error | None
 
 
-def shapes(rows: Iterable[Measurement]) -> dict[str, ModelShape]:
-    """Return the shape of every subject that its name still leads to: one that is gone or has changed is left out."""
+def shapes(rows: Iterable[Measurement], *, hub: bool = False) -> dict[str, ModelShape]:
+    """Return the shape of every subject that its name still leads to: one that is gone or has changed is left out.
+
+    With `hub`, models that are nowhere else are asked of the hub; without it, nothing leaves this machine.
+    """
     found: dict[str, ModelShape] = {}
     for name, digest in {row.cell.subject: row.subject_digest for row in rows}.items():
         try:
-            shape = subjects.resolve(name).shape
-        except ShortllamaError:
+            shape = subjects.resolve(name).shape if hub or _is_here(name) else None
+        except (ShortllamaError, OSError, ValueError):  # the latter two: a name that no file can have
             continue
-        if digest in (None, shape.digest()):
+        if shape is not None and digest in (None, shape.digest()):
             found[name] = shape
     return found
+
+
+def _is_here(name: str) -> bool:
+    places = [part for part in (name, name.rpartition("/")[0]) if part]
+    return any(one == sources.REFERENCE or catalogue.knows(one) or Path(one).expanduser().exists() for one in places)
 
 
 def read(run: Path, machine: Machine) -> Calibration:
@@ -67,7 +76,7 @@ def read(run: Path, machine: Machine) -> Calibration:
     (environment,) = environments
     name = str(environment.fingerprint.get("device", "unknown device"))
     roof = _roof(environment, machine, f"--calibrated-by {run}: was measured on {name}")
-    cells = fitting.observed(rows, shapes(rows))
+    cells = fitting.observed(rows, shapes(rows, hub=True))
     factors = fitting.calibrate(cells, roof)
     if not factors:
         raise InputError(

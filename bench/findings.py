@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from bench import limit_findings as physical
 from bench.report import choices, quantities, wording
 from bench.report.palette import kind
 from bench.report.summaries import Grid, Group, Setting, Summary, quotient
@@ -334,5 +335,5 @@ def noise(grid: Grid, commands: Commands) -> list[Finding]:
 
 
 RULES: tuple[Callable[[Grid, Commands], list[Finding]], ...] = (
-    nothing_fits, alone, fastest, quality, memory, runtimes, trouble, noise,
+    nothing_fits, alone, fastest, quality, memory, runtimes, physical.limits, physical.predictions, trouble, noise,
 )  # fmt: skip

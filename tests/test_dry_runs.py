@@ -138,3 +138,25 @@ def test_the_command_predicts_by_a_run(tmp_path: Path, run_command: Callable) ->
         done = run_command(*arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert words in done.stderr
+
+
+def test_shapes_are_of_what_is_here_and_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(calibrated.sources, "_from_hub", lambda name: asked.append(name))
+
+    def row(subject: str, digest: str | None = None) -> Measurement:
+        cell = Cell(subject, "eager", "float16", "sdpa", 12, 16, "none", 1)
+        return Measurement(cell, cell.id, "e", "ok", False, SessionId("s"), subject_digest=digest)
+
+    names = (
+        "reference",
+        "reference/ppl:0.25",
+        "llama-7b/depth:26",
+        "owner/model",
+        "owner/model/depth:2",
+        "x\0y",
+        "z" * 999,
+    )
+    rows = [*map(row, names), row("llama-7b", "0" * 16), row("llama-13b", catalogue.lookup("llama-13b").digest())]
+    assert list(calibrated.shapes(rows)) == [*names[:3], "llama-13b"]
+    assert asked == [], "a report asks nobody"

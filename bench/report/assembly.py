@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bench import findings, regimes
+from bench.report.predictions import errors
 from bench.report.series import charts
 from bench.report.sources import Origin, combine, describe
 from bench.report.summaries import Grid, grid
@@ -13,15 +14,21 @@ from bench.report.values import Report, Source
 from bench.report.wording import Commands
 from bench.store import Results
 from shortllama.evaluation.results import Perplexity, Quality
+from shortllama.shape import ModelShape
 
 SIMULATED = "Rows marked simulated come from an analytic model with a virtual clock; no device ran them."
 EMULATED = "Memory budgets are emulated on a device that has more: kernels, cores and bandwidth are its own."
 
 
 def build(
-    results: Sequence[Results], quality: Mapping[str, Quality] | None = None, origins: Sequence[Origin] = ()
+    results: Sequence[Results],
+    quality: Mapping[str, Quality] | None = None,
+    origins: Sequence[Origin] = (),
+    shapes: Mapping[str, ModelShape] | None = None,
 ) -> Report:
     """Return the report on these runs; `quality` is by subject, `origins` is parallel to `results` where given.
+
+    `shapes`: of the subjects that are at hand, for which the error of predictions can be told.
 
     Time and memory grow linearly with the rows.
     """
@@ -38,6 +45,7 @@ def build(
         sources,
         _perplexities(quality or {}),
         regimes.joined(rows, environments),
+        errors(rows, environments, shapes or {}),
     )
     first = origins[0]
     found = findings.findings(measured, Commands(first.suite or "SUITE.toml", first.run or "RUN"))

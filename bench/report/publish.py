@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import store
+from bench import calibrated, store
 from bench.report import assembly, delimited, markdown
 from bench.report.sources import Origin
 from bench.report.values import Report
@@ -33,7 +33,8 @@ def write(runs: Sequence[Path], out: Path) -> None:
         file = store.file_of(run).parent / QUALITY
         if file.exists():
             quality |= read_evaluation(file).subjects
-    report = assembly.build(results, quality, [_origin(run) for run in runs])
+    shapes = calibrated.shapes(row for one in results for row in one.measurements)
+    report = assembly.build(results, quality, [_origin(run) for run in runs], shapes)
     with files.new_folder(out, MARK) as folder:
         try:
             _write_all(report, folder)

@@ -18,6 +18,7 @@ from bench.cells import Cell
 from bench.measurement import Frontier, Measurement
 from bench.regimes import Limits
 from bench.report.palette import kind
+from bench.report.predictions import Predicted
 from bench.report.quantities import inert
 from bench.report.values import Source
 from bench.timing import Estimate
@@ -109,6 +110,7 @@ class Grid(msgspec.Struct, frozen=True):
     labels: Mapping[str, str]
     parameters: Mapping[str, int]
     perplexity: Mapping[str, Mapping[str, Perplexity]]
+    predictions: tuple[Predicted, ...] = ()
 
     @property
     def dense(self) -> frozenset[str]:
@@ -122,6 +124,7 @@ def grid(
     sources: Mapping[str, Source],
     perplexity: Mapping[str, Mapping[str, Perplexity]],
     limits: Sequence[Limits | None] = (),
+    predictions: tuple[Predicted, ...] = (),
 ) -> Grid:
     """Return the Grid of these rows; time and memory grow linearly with them. `limits` is parallel to the rows."""
     names = dict.fromkeys([m.cell.subject for m in measurements] + [f.cell.subject for f in frontiers])
@@ -132,7 +135,15 @@ def grid(
     summaries = [summarise(row, limit) for row, limit in zip(measurements, known, strict=True)]
     rows = in_order(with_speedups(summaries, baseline), subjects)
     return Grid(
-        sources, rows, _groups(rows, frontiers), subjects, baseline, labels(subjects, baseline), parameters, perplexity
+        sources,
+        rows,
+        _groups(rows, frontiers),
+        subjects,
+        baseline,
+        labels(subjects, baseline),
+        parameters,
+        perplexity,
+        predictions,
     )
 
 

@@ -199,7 +199,37 @@ def quality(grid: Grid) -> Table | None:
     return Table("perplexities", "Perplexities", columns, tuple(rows), source, hidden=frozenset({"subject", "digest"}))
 
 
-TABLES: tuple[Callable[[Grid], Table | None], ...] = (subjects, cells, quality)
+def prediction_error(grid: Grid) -> Table | None:
+    """How far predictions are from what was measured: as shipped, and fitted to cells other than those predicted."""
+    if not grid.predictions:
+        return None
+    columns = (
+        Column("runtime", "Runtime"), Column("dtype", "Dtype"), Column("device", "Device"),
+        Column("cells", "Cells", "integer"), Column("shipped_typical", "Shipped, half within", "ratio"),
+        Column("shipped_worst", "At worst", "ratio"), Column("shipped_bias", "Predicted over measured", "ratio"),
+        Column("fitted_typical", "Fitted, half within", "ratio"), Column("fitted_worst", "At worst", "ratio"),
+        Column("environment", "Environment"),
+    )  # fmt: skip
+    rows = [
+        (
+            one.runtime, one.dtype, grid.sources[one.environment].device,
+            max(error.cells for error in (one.shipped, one.fitted) if error),
+            *((one.shipped.typical, one.shipped.worst, one.shipped.bias) if one.shipped else (None, None, None)),
+            *((one.fitted.typical, one.fitted.worst) if one.fitted else (None, None)),
+            one.environment,
+        )
+        for one in grid.predictions
+    ]  # fmt: skip
+    caption = (
+        "Latency as predicted without this run (shipped), and by factors fitted to one half of its cells for the other "
+        "half (fitted), as factors away from what was measured."
+    )
+    source = combine(list(grid.sources.values()))
+    hidden = frozenset({"environment"} | ({"device"} if len({row[2] for row in rows}) == 1 else set()))
+    return Table("prediction-error", "Prediction error", columns, tuple(rows), source, hidden=hidden, caption=caption)
+
+
+TABLES: tuple[Callable[[Grid], Table | None], ...] = (subjects, cells, prediction_error, quality)
 
 
 def _table(
