@@ -126,6 +126,30 @@ def test_a_device_that_is_busy_has_no_idle_power(
         assert fields.reason(sampler.end(None), "idle_power_w") == "the device was not idle before the sweep"
 
 
+def test_on_cuda_the_edges_of_timing_are_read_in_any_case(
+    driver: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver("events=32")
+    with Watch(0) as watch:
+        watch.loaded(os.getpid(), "GPU-5a")
+        watch.began()
+        row = watch.finished()
+    assert (row["throttle_reasons"], row["thermal_violation_s"]) == (["sw_thermal_slowdown"], 0)
+    assert fields.reason(row, "power_w") == "the sweep was to read no telemetry; give --telemetry"
+    monkeypatch.setattr(client, "IDLE_S", 0.0)
+    with Watch(0, sampled=True) as watch:
+        watch.loaded(os.getpid(), "GPU-5a")
+        watch.began()
+        timed = watch.finished()
+        watch.looping()
+        row = watch.looped(busy(2.2), timed)
+        lost = watch.broke("it died", timed)
+    assert (row["throttle_reasons"], row["nvml_busy"], row["tokens"]) == (["sw_thermal_slowdown"], 0.9, 30)
+    assert fields.reason(row, "idle_power_w") == "the window of 0.00 s is shorter than 2 s"
+    assert lost["throttle_reasons"] == ["sw_thermal_slowdown"]
+    assert fields.reason(lost, "power_w") == "when it was called for the sampler: it died"
+
+
 # -- death ------------------------------------------------------------------------------------------------------------
 
 
