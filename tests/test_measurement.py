@@ -17,7 +17,7 @@ GOLDEN = (
     b'"schema":"shortllama.measurement/1","timing":"careful","samples":{"call_s":[0.5,0.25],"prefill_s":[],'
     b'"step_s":[],"device_s":[]},"warm_up":3,"stop":"interval","tokens":1024,"memory":{"analytic":123,'
     b'"allocated":null,"reserved":null,"device_used":null,"context":null,"first_call":null,'
-    b'"reasons":{"allocated":"why"}},"telemetry":{},"bounds":null,"reason":null,"witness":null,"emulated":null,'
+    b'"reasons":{"allocated":"why"}},"telemetry":{},"bounds":null,"graphs":null,"reason":null,"witness":null,"emulated":null,'
     b'"subject_digest":null,"parameters":null,"wall_s":null}'
 )
 
