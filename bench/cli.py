@@ -11,6 +11,7 @@ import typer
 from bench.ab import ab
 from bench.ceilings import ceilings
 from bench.compare import compare
+from bench.doctor import doctor
 from bench.oom import oom
 from bench.recommend import recommend
 from bench.sweep import sweep
@@ -29,6 +30,7 @@ app.command(epilog="Example: shortllama sweep quick --out runs/mine")(sweep)
 app.command(epilog="Example: shortllama oom quick --budget 64MiB --out runs/ends")(oom)
 
 app.command(epilog="Example: shortllama ceilings --device cpu --out ceilings.json")(ceilings)
+app.command(epilog="Example: shortllama doctor --aa 5")(doctor)
 
 
 @app.command(epilog="Example: shortllama report runs/mine --out reports/mine")
