@@ -40,6 +40,9 @@ def ceilings(
     """
     options.check_output_file(out)
     machine = real(device)
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load >= cores:
+        console.note(f"load {load:.1f} on {cores} cores: ceilings come out too low; end other work (shortllama doctor)")
     with _watching() as watch:
         found = measure(machine, watch)
     kept = peaks.remember(found)

@@ -193,6 +193,8 @@ def _regime(
     if launching is not None and launching > physics.LAUNCH_BOUND_SHARE:
         return "launch", None
     if roof.roof is None:
+        if machine.peaks is not None or machine.sheet is not None:
+            return None, "of the peaks of this device, the rate for this dtype or the bandwidth is not known"
         return None, "the peaks of this device are not known; shortllama ceilings measures them"
     if share is not None or roof.roof >= ENOUGH:
         return roof.limit, None

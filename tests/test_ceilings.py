@@ -182,6 +182,22 @@ def test_what_a_device_cannot_do_is_a_reason_and_slow_products_end_the_series(mo
     assert not torch.is_inference_mode_enabled()
 
 
+def test_a_cuda_device_is_asked_for_its_cache_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of the device decides what is measured; the probes themselves need one."""
+    import torch
+
+    from bench.passes import ceilings as measuring
+
+    properties = type("Properties", (), {"L2_cache_size": 50 * MIB})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(measuring, "answers", lambda plan, ask: iter([Answer(0, None, f"{ask.cache_bytes}")]))
+    sent: list[peaks.Message] = []
+    measuring.run(Ask("cuda:0", torch.get_num_threads(), None, 0), sent.append)
+    assert sent == [Planned(peaks.probes("cuda", 50 * MIB, 64 << 30), 50 * MIB), Answer(0, None, str(50 * MIB))]
+
+
 def test_reasons_say_what_is_missing() -> None:
     plan = Planned((Probe("matrix", "float16", 512, 1),), None)
     found = ceilings.reasons(plan, [Answer(0, None, "no such kernel")], "cpu")

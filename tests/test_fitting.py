@@ -112,6 +112,17 @@ def test_the_solver_agrees_with_scipy(seed: int, count: int) -> None:
     assert mine == pytest.approx(theirs, abs=1e-6)
 
 
+def test_no_cell_is_tested_that_was_fitted_on() -> None:
+    """Three cells are met almost exactly by three factors; the other three are not."""
+    noisy = cells(Overheads(0.7, 4e-4, 1e-3), noise=0.2)[::6][:6]
+    unseen = fitting.held_out(noisy, H100)
+    seen = fitting.error(noisy, H100, fitting.calibrate(noisy, H100))
+    assert unseen is not None
+    assert seen is not None
+    assert unseen.cells == seen.cells == 6
+    assert unseen.worst > 1.1 * seen.worst
+
+
 def test_sessions_of_a_cell_count_once_and_simulated_rows_not() -> None:
     shape = catalogue.lookup("llama-7b")
     cell = Cell("llama-7b", "eager", "float16", "sdpa", 12, 16, "none", 1)

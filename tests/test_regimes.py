@@ -118,6 +118,13 @@ def test_without_peaks_there_is_no_regime_and_the_way_to_one() -> None:
     assert "shortllama ceilings" in str(one.why)
 
 
+def test_a_dtype_without_a_rate_is_said() -> None:
+    env = machine("cpu", "some CPU", msgspec.structs.replace(PEAKS, flops={}))
+    (one,) = limits(env, row(STATIC, env, 1e-3))
+    assert (one.regime, one.measured.roof, one.measured.bandwidth) == (None, None, pytest.approx(1.0))
+    assert "the rate for this dtype" in str(one.why)
+
+
 def test_simulated_rows_are_judged_by_their_device() -> None:
     env = environment({"simulated": True, "figures": msgspec.to_builtins(devices.lookup("h100"))}, {})
     cell = msgspec.structs.replace(STATIC, runtime="roofline")
