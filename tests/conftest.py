@@ -17,11 +17,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(name, "1")
 
+# Here and not in tests/perf, where pytest would find it too late.
+pytest_plugins = ["bench.pytest_plugin"]
+
 # A busy machine is no failure; time is tested in tests/perf.
 settings.register_profile("shortllama", deadline=None)
 settings.load_profile("shortllama")
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --benchmark-only, collect the performance suite alone: importing all others would take longer than it."""
+    is_other = collection_path.suffix == ".py" and "perf" not in collection_path.parts
+    return True if is_other and config.getoption("benchmark_only", False) else None
 
 
 @pytest.fixture(scope="session")

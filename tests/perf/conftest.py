@@ -1,4 +1,4 @@
-"""The performance suite runs only when asked for: `pytest --benchmark-only tests/perf` (or `make bench`).
+"""The performance suite runs only when asked for: `pytest --benchmark-only` (or `make bench`).
 
 `--benchmark-enable` asks too (other tests run as well), and so does `--benchmark-disable`, which runs everything once,
 untimed, to see that it still works. Without one of them every test here is skipped: timing belongs neither in unit
@@ -14,13 +14,18 @@ from time import perf_counter
 
 import pytest
 
+from bench import pytest_plugin
+
 ASKED = ("benchmark_only", "benchmark_enable", "benchmark_disable")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if any(config.getoption(option) for option in ASKED):
+    if pytest_plugin.is_parallel(config):
+        skip = pytest.mark.skip(reason="performance suite: off under xdist, where tests slow each other down")
+    elif any(config.getoption(option) for option in ASKED):
         return
-    skip = pytest.mark.skip(reason="performance suite: run pytest --benchmark-only tests/perf")
+    else:
+        skip = pytest.mark.skip(reason="performance suite: run pytest --benchmark-only")
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(skip)

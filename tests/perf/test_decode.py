@@ -1,13 +1,14 @@
-"""Decoding of dense, depth-pruned and width-pruned shapes in each runtime, by the sessions and statistics of sweeps."""
+"""Decoding and prefill of dense, depth-pruned and width-pruned shapes, in each runtime that this machine has.
+
+Cells are those of `shortllama sweep`, measured by its code in child processes; what is compared with an earlier run
+(`--benchmark-save`, `--benchmark-compare`) is the median of whole calls. The rest stands in `extra_info`.
+"""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from bench import runtimes, timing
-from bench.runtimes.protocol import Call, Options
-from bench.subjects import Subject
+from bench import environment, runtime_rows
 from shortllama import blind
 from shortllama.plans import shape_after
 from shortllama.shape import ModelShape
@@ -17,36 +18,53 @@ DENSE = ModelShape.uniform(
 )
 # A third fewer parameters in the blocks, by removing blocks and by narrowing all of them.
 PLANS = {"dense": None, "depth:8": "depth:8", "width:5x477": "width:5x477"}
-PROMPT, OUTPUT = 12, 16
+PROMPT, OUTPUT, LONG_PROMPT = 12, 16, 256
+KIND = environment.machine(None).kind
+# On a CPU compiling takes most of a minute a cell.
+FEW = {("compile", "dense", 1), ("compile", "depth:8", 1)}
+SECONDS = 0.8
+
+DECODES = [
+    (runtime, plan, batch)
+    for runtime in runtime_rows.ROWS
+    for plan in PLANS
+    for batch in (1, 16)
+    if runtime not in runtime_rows.SIMULATED
+    and (runtime != "compile" or KIND == "cuda" or (runtime, plan, batch) in FEW)
+    and (runtime != "paper" or batch == 1)
+]
 
 
 def shape_of(text: str | None) -> ModelShape:
     return DENSE if text is None else shape_after(DENSE, blind.parse(text, model="dense", shape=DENSE).keep)
 
 
-@pytest.mark.parametrize("batch", [1, 16], ids=lambda batch: f"M{batch}")
+def require(runtime: str) -> None:
+    if refusal := runtime_rows.refusal(runtime, KIND):
+        pytest.skip(refusal)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "plan", "batch"), DECODES, ids=lambda value: f"M{value}" if value in (1, 16) else value
+)
+def test_decode(bench_cell, runtime: str, plan: str, batch: int):
+    require(runtime)
+    cell = bench_cell(
+        shape_of(PLANS[plan]), runtime, name=plan, batch=batch, prompt=PROMPT, output=OUTPUT, seconds=SECONDS,
+        telemetry=True, group=f"decode {runtime} M{batch} P{PROMPT} L{OUTPUT}",
+    )  # fmt: skip
+    assert cell.outcome == "ok"
+    assert cell.row.tokens == batch * OUTPUT
+    assert cell.row.graphs is None or cell.row.graphs.again == 0
+
+
 @pytest.mark.parametrize("runtime", ["eager", "static"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_decode(benchmark, plan: str, runtime: str, batch: int):
-    benchmark.group = f"decode {runtime} M{batch} P{PROMPT} L{OUTPUT}"
-    torch.set_num_threads(1)
-    shape = shape_of(PLANS[plan])
-    options = Options("float32", "sdpa", "cpu", 0, 1)
-    session = runtimes.load(runtime).open_session(Subject(name=plan, shape=shape, dense="dense"), options)
-    session.prepare(batch, PROMPT, OUTPUT)
-    calls: list[Call] = []
-    benchmark.pedantic(lambda: calls.append(session.call()), rounds=15, warmup_rounds=3)
-    session.close()
-    whole = timing.estimate([call.call_s for call in calls])
-    assert whole is not None
-    step_s = timing.samples(calls).step_s
-    benchmark.extra_info.update(
-        tokens_per_s=round(batch * OUTPUT / whole.value, 1),
-        step_ms=round(1e3 * sum(step_s) / len(step_s), 4),
-        parameters=shape.parameters,
-        decode_bytes=shape.decode_bytes(batch, PROMPT + OUTPUT // 2, "float32"),
-        achieved_bytes_per_s=round(
-            shape.decode_bytes(batch, PROMPT + OUTPUT // 2, "float32") * len(step_s) / sum(step_s)
-        ),
-    )
-    assert {call.tokens for call in calls} == {batch * OUTPUT}
+def test_prefill(bench_cell, runtime: str, plan: str):
+    """Other runtimes prefill as `static` does."""
+    cell = bench_cell(
+        shape_of(PLANS[plan]), runtime, name=plan, prompt=LONG_PROMPT, output=1, seconds=SECONDS,
+        group=f"prefill {runtime} M1 P{LONG_PROMPT}",
+    )  # fmt: skip
+    assert cell.outcome == "ok"
+    assert cell.row.tokens == 1
