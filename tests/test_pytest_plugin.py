@@ -237,6 +237,21 @@ def test_a_model_in_memory_is_measured_here(project, tmp_path: Path):
     assert row.outcome == "ok"
 
 
+def test_the_example_of_the_readme(project):
+    (example,) = [
+        block for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+        if "bench_cell" in block
+    ]  # fmt: skip
+    assert 'pytest_plugins = ["bench.pytest_plugin"]' in example
+    done = project(example, "--benchmark-disable")
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+    strict = example.replace("max_ops=2000", "max_ops=100")
+    failed = project(strict, "--benchmark-disable")
+    assert failed.returncode == 1
+    assert "operations a token are over max_ops 100 (most: " in failed.stdout
+
+
 # -- the decisions -----------------------------------------------------------------------------------------------------
 
 
