@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from shortllama.commands import evaluating, groups, measuring, planning, retraining, shapes, writing
+from shortllama.commands import evaluating, groups, measuring, planning, retraining, shapes, studying, writing
 
 # In the order of `--help`: the name, the verb, an example of it.
 VERBS: list[tuple[str, Callable[..., None], str]] = [
@@ -21,6 +21,7 @@ VERBS: list[tuple[str, Callable[..., None], str]] = [
     ("export", writing.export, "pruned --to padded --out uniform"),
     ("retrain", retraining.retrain, "pruned --recipe lora --data alpaca.json --out retrained"),
     ("eval", evaluating.evaluate, "pruned --ppl wikitext2 --against reference --generate @paper --out quality.json"),
+    ("study", studying.study, "reference --dry-run"),
 ]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -110,6 +110,7 @@ LIGHT = [
     ["diff", "a.json", "b.json"],
     ["compare", "run", "run"],
     ["sweep", "suite.toml", "--dry-run"],
+    ["study", "reference", "--dry-run"],
     ["plan", "llama-7b", "--method", "nonsense", "--ratio", "0.2"],
     ["shapes", "nonsense"],
 ]

@@ -9,7 +9,7 @@ import typer
 
 from shortllama import checkpoint, console, display, journal, options, plans, pruning, sources
 from shortllama import scores as score_files
-from shortllama.commands import groups
+from shortllama.commands import groups, studying
 from shortllama.commands.resuming import resumable
 from shortllama.difference import difference
 from shortllama.errors import InputError
@@ -18,10 +18,13 @@ from shortllama.retraining import record as retraining
 from shortllama.scores import Scores
 from shortllama.shape import ModelShape
 from shortllama.sources import Source
+from shortllama.studies import rows
 
 PlanOut = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the plan here.")]
 PlanPath = Annotated[Path, typer.Argument(help="A plan file, or a checkpoint folder that holds one.")]
-Shown = Annotated[Path, typer.Argument(help="A plan or scores file, or a checkpoint folder.", show_default=False)]
+Shown = Annotated[
+    Path, typer.Argument(help="A plan or scores file, or the folder of a checkpoint or a study.", show_default=False)
+]
 
 # What a preset leaves open: how much to remove, and what must stay.
 _BESIDE_PRESET = ("preset", "ratio", "blocks", "target_params", "at_most", "protect")
@@ -114,7 +117,10 @@ def _deliver(made: Plan, base: ModelShape, out: Path | None, as_json: bool) -> N
 
 
 def show(path: Shown, as_json: options.Json = False) -> None:
-    """Show what a plan keeps, how scores rank, or what a checkpoint folder holds: plan, shape, costs and retraining."""
+    """Show what a plan keeps, how scores rank, or what a folder holds: a checkpoint, or a study (its tables)."""
+    if (path / rows.FILE).is_file():
+        studying.show(path, as_json)
+        return
     if path.is_file() and score_files.is_scores(path):
         scores = score_files.read_scores(path)
         if as_json:

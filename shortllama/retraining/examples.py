@@ -104,7 +104,7 @@ def _sampled(stage: Stage, tokenizer: Any, dense: Callable[[], Any] | None, prog
         calibration.SELF,
         tokenizer=tokenizer,
         model=dense() if dense is not None else None,
-        samples=_wanted(stage),
+        samples=wanted(stage),
         length=stage.length,
         seed=stage.seed,
         progress=progress,
@@ -139,7 +139,7 @@ def _packed(documents: texts.Documents, stage: Stage, tokenizer: Any, progress: 
     tokenize = calibration.tokenize_with(tokenizer, documents.name)
     bos, eos = calibration.bos_id(tokenizer), getattr(tokenizer, "eos_token_id", None)
     before, after = ([bos], []) if bos is not None else ([], [] if eos is None else [eos])
-    limit = None if stage.steps is None else _wanted(stage) * stage.length
+    limit = None if stage.steps is None else wanted(stage) * stage.length
     parts: list[np.ndarray] = []
     tokens = 0
     for done, index in enumerate(np.random.default_rng(stage.seed).permutation(len(documents.texts))):
@@ -159,7 +159,7 @@ def _packed(documents: texts.Documents, stage: Stage, tokenizer: Any, progress: 
     return _divided(windows, [1] * len(windows), documents.name, "text", stage)
 
 
-def _wanted(stage: Stage) -> int:
+def wanted(stage: Stage) -> int:
     """Return how many examples a stage of a given number of steps can use, those that it holds out included."""
     assert stage.steps is not None
     trained = stage.steps * stage.batch

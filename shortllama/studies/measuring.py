@@ -1,0 +1,64 @@
+"""What all models of a study are evaluated on: texts prepared and items read once, so that all meet the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortllama import pruning
+from shortllama.evaluation import tasks
+from shortllama.evaluation.results import Quality
+from shortllama.sources import Source
+from shortllama.study import Evaluating
+
+if TYPE_CHECKING:
+    from shortllama.studies.work import Settings
+
+
+class Meter:
+    """The evaluation of a study. Text `self` is sampled from the dense model."""
+
+    def __init__(self, dense: Source, wanted: Evaluating, settings: Settings) -> None:
+        from shortllama.evaluation import perplexity, zeroshot
+
+        if wanted.tasks:
+            zeroshot.require_harness()
+        self._wanted, self._settings = wanted, settings
+        self._tasks = tasks.lookup(",".join(wanted.tasks)) if wanted.tasks else []
+        data = None if wanted.task_data is None else Path(wanted.task_data)
+        self._items = None if data is None else {name: tasks.read(name, data) for name in self._tasks}
+        model, tokenizer = self._load(dense)
+        self._texts = {
+            src: perplexity.prepare(
+                src, tokenizer=tokenizer, dense=model, limit=wanted.limit, seed=wanted.seed, data_dir=settings.data_dir
+            )
+            for src in wanted.texts
+        }
+
+    def measure(self, source: Source, step: Callable[[str, int, int], None]) -> Quality:
+        """Return all that is wanted of one model."""
+        from shortllama.evaluation import perplexity, zeroshot
+
+        model, tokenizer = self._load(source)
+        found: dict[str, Any] = {}
+        for src, text in self._texts.items():
+            told = f"perplexity on {src}"
+            found[src] = perplexity.measure(
+                model, text, progress=lambda done, total, told=told: step(told, done, total)
+            )
+        zero_shot = None
+        if self._tasks:
+            zero_shot = zeroshot.evaluate(
+                model,
+                tokenizer,
+                self._tasks,
+                local=self._items,
+                limit=self._wanted.limit,
+                progress=lambda done, total: step("zero-shot requests", done, total),
+            )
+        return Quality(found, zero_shot)
+
+    def _load(self, source: Source) -> tuple[Any, Any]:
+        trust = self._settings.trust_remote_code
+        return pruning.load(source, device=self._settings.device, trust_remote_code=trust)
