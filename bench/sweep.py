@@ -37,8 +37,8 @@ def sweep(
         bool | None,
         typer.Option(
             "--telemetry/--no-telemetry",
-            help="After timing a cell, call it for 2 s more (4.5 s on CUDA) to read power, clocks and load. Default: the "
-            "suite's, else not.",
+            help="After timing a cell, call it for 2 s more (4.5 s on CUDA) to read power, clocks and load. Default: "
+            "the suite's, else not.",
             show_default=False,
         ),
     ] = None,

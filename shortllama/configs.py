@@ -199,7 +199,7 @@ def check_heads(shape: ModelShape) -> None:
         heads = sorted(query for query, _ in _head_counts(shape))
         raise UnsupportedError(
             f"{shape.family} reads one number of heads for all blocks from its config, this plan leaves "
-            f"{', '.join(map(str, heads))}; keep as many heads in every block (--protect 0,0; flap with --structure UL-UM)"
+            f"{', '.join(map(str, heads))}; keep as many heads in every block (--protect 0,0; flap: --structure UL-UM)"
         )
 
 
