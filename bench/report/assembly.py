@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bench import findings, regimes
+from bench.report import hardware, holdings, series, trend
 from bench.report.predictions import errors
-from bench.report.series import charts
 from bench.report.sources import Origin, combine, describe
 from bench.report.summaries import Grid, grid
 from bench.report.tables import tables
@@ -46,17 +46,23 @@ def build(
         _perplexities(quality or {}),
         regimes.joined(rows, environments),
         errors(rows, environments, shapes or {}),
+        shapes,
     )
     first = origins[0]
+    history = trend.histories(results)
     found = findings.findings(measured, Commands(first.suite or "SUITE.toml", first.run or "RUN"))
+    found = (*trend.findings(history, measured), *found)
     return Report(
         title=_title(measured, origins),
         source=combine(list(sources.values()), simulated=any(setting.simulated for setting in measured.groups)),
         verdict=findings.verdict(measured, found),
         findings=found,
         notes=_notes(measured),
-        charts=charts(measured),
-        tables=tables(measured),
+        charts=(
+            *series.charts(measured, (*series.CHARTS, *hardware.CHARTS, *holdings.CHARTS)),
+            *trend.charts(history, measured),
+        ),
+        tables=(*tables(measured), *trend.tables(history, measured)),
         sources=tuple(sources.values()),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from bench.report.quantities import inert
 from bench.report.values import Chart, Table, Value
@@ -32,13 +33,24 @@ def _row(value: Table, row: Sequence[Value]) -> list[Value]:
 
 
 def chart(value: Chart) -> str:
-    """Return what is drawn, one mark a row; spans have the batches that fit and that do not."""
+    """Return what is drawn, one mark a row; spans have the batches that fit and that do not.
+
+    Guides follow the marks, under their labels.
+    """
     if value.form == "spans":
         return _csv(
             ["panel", "subject", "runtime", "simulated", "largest_batch_that_fits", "smallest_that_runs_out"],
             (
                 [panel.title, one.subject, one.runtime, _flag(one.simulated), one.fits, one.fails]
                 for panel in value.panels for one in panel.spans
+            ),
+        )  # fmt: skip
+    if value.form == "bars":
+        return _csv(
+            ["panel", "subject", "runtime", "simulated", "part", "value"],
+            (
+                [panel.title, one.subject, one.runtime, _flag(one.simulated), part.label, part.value]
+                for panel in value.panels for one in panel.bars for part in one.parts
             ),
         )  # fmt: skip
     header = [
@@ -56,13 +68,17 @@ def chart(value: Chart) -> str:
         "oom",
     ]
     none = (None, None)
+    guides = (
+        [panel.title, guide.label, "", "guide", None, x, y, *none, *none, None, value.x.title, value.y.title]
+        for panel in value.panels for guide in panel.guides for x, y in guide.points
+    )  # fmt: skip
     return _csv(
         [*header, "x_meaning", "y_meaning"],
-        (
+        chain((
             [panel.title, one.subject, one.runtime, _flag(one.simulated), point.batch, point.x, point.y,
              *(point.x_interval or none), *(point.y_interval or none), one.oom, value.x.title, value.y.title]
             for panel in value.panels for one in panel.series for point in one.points
-        ),
+        ), guides),
     )  # fmt: skip
 
 

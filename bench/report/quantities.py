@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 
 MISSING = DASH = "\u2013"
 TIMES = "\u00d7"
 SPACE = "\u00a0"  # between a number and its unit, which stay on one line
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_RATES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _BYTES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -45,7 +47,16 @@ def size(value: float) -> str:
 
 def count(value: float) -> str:
     """Return "6.74 B" or "4.51 M"; below a thousand as it is."""
-    for scale, unit in _COUNTS:
+    return _scaled(value, _COUNTS)
+
+
+def rate(value: float) -> str:
+    """Return FLOP/s with the prefixes of units, the unit left to the axis: "989 T"."""
+    return _scaled(value, _RATES)
+
+
+def _scaled(value: float, names: Sequence[tuple[float, str]]) -> str:
+    for scale, unit in names:
         if abs(value) >= scale:
             return f"{significant(value / scale)}{SPACE}{unit}"
     return f"{value:g}"
@@ -65,6 +76,7 @@ FORMATS = {
     "s": seconds,
     "bytes": size,
     "parameters": count,
+    "FLOP/s": rate,
     "ratio": ratio,
     "share": share,
     "tokens/s": significant,

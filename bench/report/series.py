@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import msgspec
 
@@ -28,10 +29,13 @@ class Style(msgspec.Struct, frozen=True):
     labels: Mapping[str, str]
 
 
-def charts(grid: Grid) -> tuple[Chart, ...]:
-    """Return every figure that the results hold something for, in the order of CHARTS."""
+Builder: TypeAlias = Callable[[Grid, Style], Chart | None]
+
+
+def charts(grid: Grid, builders: Sequence[Builder]) -> tuple[Chart, ...]:
+    """Return every figure that the results hold something for, in the order of `builders`."""
     style = Style(colours([(s, s in grid.dense) for s in grid.subjects]), grid.labels)
-    made = (build(grid, style) for build in CHARTS)
+    made = (build(grid, style) for build in builders)
     return tuple(chart for chart in made if chart is not None)
 
 
@@ -42,9 +46,9 @@ def latency_throughput(grid: Grid, style: Style) -> Chart | None:
     """The trade-off, one curve over batch a subject (Shortened LLaMA, arXiv 2402.02834, Figures 1 right and 6)."""
 
     def point(cell: Summary) -> Point:
-        return Point(_value(cell.call_s), _value(cell.throughput), cell.cell.batch, _ends(cell.call_s))
+        return Point(value_of(cell.call_s), value_of(cell.throughput), cell.cell.batch, ends(cell.call_s))
 
-    return _line_chart(
+    return line_chart(
         grid, style, point, name="latency-throughput", title="Latency against throughput",
         x=Axis(_latency_title(grid), "s"), y=Axis("Throughput (tokens/s)", "tokens/s"),
         reading="Up and to the left is better. Points of one batch size M lie on one dotted line. "
@@ -56,11 +60,11 @@ def latency_batch(grid: Grid, style: Style) -> Chart | None:
     """Seconds a call against batch."""
 
     def point(cell: Summary) -> Point:
-        return Point(cell.cell.batch, _value(cell.call_s), cell.cell.batch, None, _ends(cell.call_s))
+        return Point(cell.cell.batch, value_of(cell.call_s), cell.cell.batch, None, ends(cell.call_s))
 
-    return _line_chart(
+    return line_chart(
         grid, style, point, name="latency-batch", title="Latency against batch size",
-        x=Axis("Batch size", "integer", _batches(grid)), y=Axis(_latency_title(grid), "s"),
+        x=Axis("Batch size", "integer", batches(grid)), y=Axis(_latency_title(grid), "s"),
         reading="Lower is better. Flat curves mean that a larger batch costs nothing yet. "
         "A cross ends a curve where the next batch ran out of memory.",
     )  # fmt: skip
@@ -70,11 +74,11 @@ def throughput_batch(grid: Grid, style: Style) -> Chart | None:
     """New tokens a second, all sequences together, against batch."""
 
     def point(cell: Summary) -> Point:
-        return Point(cell.cell.batch, _value(cell.throughput), cell.cell.batch, None, _ends(cell.throughput))
+        return Point(cell.cell.batch, value_of(cell.throughput), cell.cell.batch, None, ends(cell.throughput))
 
-    return _line_chart(
+    return line_chart(
         grid, style, point, name="throughput-batch", title="Throughput against batch size",
-        x=Axis("Batch size", "integer", _batches(grid)), y=Axis("Throughput (tokens/s)", "tokens/s"),
+        x=Axis("Batch size", "integer", batches(grid)), y=Axis("Throughput (tokens/s)", "tokens/s"),
         reading="Higher is better. Where a curve flattens, a larger batch only adds latency. "
         "A cross ends a curve where the next batch ran out of memory.",
     )  # fmt: skip
@@ -100,7 +104,7 @@ def perplexity_latency(grid: Grid, style: Style) -> Chart | None:
     if not panels:
         return None
     constant = " · ".join([constant, *([f"batch {min(batches)}"] if len(batches) == 1 else [])])
-    return _chart(
+    return make(
         grid, panels, used, constant, name="perplexity-latency", title="Perplexity against latency", form="points",
         x=Axis(_latency_title(grid), "s"), y=Axis("Perplexity", "number"),
         reading="Down and to the left is better. One point for each runtime; the label names the subject.",
@@ -120,7 +124,7 @@ def oom_frontier(grid: Grid, style: Style) -> Chart | None:
     panels = [Panel(titles[setting], spans=spans[:SERIES_LIMIT]) for setting, spans in found.items()]
     values = {float(v) for spans in found.values() for span in spans for v in (span.fits, span.fails) if v}
     values |= {float(cell.cell.batch) for s in found for group in grid.groups[s].values() for cell in group.cells}
-    return _chart(
+    return make(
         grid, panels, list(found), constant, name="oom-frontier", title="Where memory ends", form="spans",
         x=Axis("Batch size", "integer", tuple(sorted(values))), y=Axis("", "text"),
         reading="The dot is the largest batch that fits, the cross the smallest that runs out of memory; "
@@ -128,7 +132,7 @@ def oom_frontier(grid: Grid, style: Style) -> Chart | None:
     )  # fmt: skip
 
 
-CHARTS: tuple[Callable[[Grid, Style], Chart | None], ...] = (
+CHARTS: tuple[Builder, ...] = (
     latency_throughput,
     perplexity_latency,
     latency_batch,
@@ -140,7 +144,7 @@ CHARTS: tuple[Callable[[Grid, Style], Chart | None], ...] = (
 # -- shared parts ------------------------------------------------------------------------------------------------------
 
 
-def _line_chart(
+def line_chart(
     grid: Grid,
     style: Style,
     point: Callable[[Summary], Point],
@@ -154,19 +158,19 @@ def _line_chart(
     """One panel a setting, one series a subject."""
     found: dict[Setting, tuple[Series, ...]] = {}
     for setting, groups in grid.groups.items():
-        series = tuple(_series(group, style, point) for group in groups.values() if group.measured)
+        series = tuple(curve(group, style, point) for group in groups.values() if group.measured)
         if series:
             found[setting] = series
     if sum(len(one.points) for series in found.values() for one in series) < 2:
         return None  # one number is no figure
     titles, constant = settings.split(found, grid.sources)
     panels = [Panel(titles[setting], series[:SERIES_LIMIT]) for setting, series in found.items()]
-    return _chart(
+    return make(
         grid, panels, list(found), constant, name=name, title=title, form="lines", x=x, y=y, reading=reading
     )  # fmt: skip
 
 
-def _chart(
+def make(
     grid: Grid, panels: Sequence[Panel], used: Sequence[Setting], constant: str, *, name: str, title: str, form: str,
     x: Axis, y: Axis, reading: str,
 ) -> Chart:  # fmt: skip
@@ -195,13 +199,14 @@ def _left_out(grid: Grid, panels: Sequence[Panel]) -> str:
     if len(panels) > PANEL_LIMIT:
         parts.append(f"{len(panels) - PANEL_LIMIT} of {len(panels)} settings")
     if len(grid.subjects) > SERIES_LIMIT and any(
-        max(len(panel.series), len(panel.spans)) >= SERIES_LIMIT for panel in panels
+        max(len(panel.series), len(panel.spans), len(panel.bars)) >= SERIES_LIMIT for panel in panels
     ):
         parts.append(f"subjects beyond the first {SERIES_LIMIT} of {len(grid.subjects)}")
     return f"Not drawn: {' and '.join(parts)}; the tables have them all." if parts else ""
 
 
-def _series(group: Group, style: Style, point: Callable[[Summary], Point]) -> Series:
+def curve(group: Group, style: Style, point: Callable[[Summary], Point]) -> Series:
+    """Return one subject's marks, one a measured cell, and where memory ended after them."""
     points = tuple(point(cell) for cell in group.measured)
     last = points[-1].batch
     oom = group.fails if group.fails is not None and group.fails > last else None
@@ -227,14 +232,14 @@ def _quality_series(
 
     def point(cell: Summary) -> Point:
         perplexity = grid.perplexity[cell.cell.subject][source].perplexity
-        return Point(_value(cell.call_s), perplexity, batch, _ends(cell.call_s))
+        return Point(value_of(cell.call_s), perplexity, batch, ends(cell.call_s))
 
     series: list[Series] = []
     kept = dict.fromkeys(group.subject for group in groups)
     for group in groups:
         cells = tuple(cell for cell in group.measured if cell.cell.batch == batch)
         if cells and group.subject in list(kept)[:SERIES_LIMIT]:
-            series.append(msgspec.structs.replace(_series(group, style, point), points=(point(cells[0]),), oom=None))
+            series.append(msgspec.structs.replace(curve(group, style, point), points=(point(cells[0]),), oom=None))
     return tuple(series), batch
 
 
@@ -253,18 +258,21 @@ def _span(group: Group, style: Style) -> Span:
     )  # fmt: skip
 
 
-def _value(estimate: Estimate | None) -> float:
+def value_of(estimate: Estimate | None) -> float:
+    """Return the estimate's value; only for cells that were measured."""
     assert estimate is not None, "only measured cells are drawn"
     return estimate.value
 
 
-def _ends(estimate: Estimate | None) -> tuple[float, float] | None:
+def ends(estimate: Estimate | None) -> tuple[float, float] | None:
+    """Return the ends of the estimate's interval, None where it has none."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return None
     return estimate.low, estimate.high
 
 
-def _batches(grid: Grid) -> tuple[float, ...]:
+def batches(grid: Grid) -> tuple[float, ...]:
+    """Return the measured batches, for ticks."""
     return tuple(sorted({float(row.cell.batch) for row in grid.rows if row.call_s is not None}))
 
 
@@ -279,6 +287,8 @@ def _alternative(title: str, x: Axis, y: Axis, panels: Sequence[Panel]) -> str:
     for panel in panels:
         if panel.spans:
             words = "; ".join(f"{span.label}: {span.note}" for span in panel.spans)
+        elif panel.bars:
+            words = "; ".join(f"{bar.label}: {bar.note}" for bar in panel.bars)
         else:
             lowest = min(panel.series, key=lambda one: one.points[0].y)
             highest = max(panel.series, key=lambda one: one.points[0].y)
@@ -287,6 +297,7 @@ def _alternative(title: str, x: Axis, y: Axis, panels: Sequence[Panel]) -> str:
             words = (
                 f"{len(panel.series)} series; at batch {batch} from {low} ({lowest.label}) to {high} ({highest.label})"
             )
+        words = "; ".join([words, *(guide.label for guide in panel.guides if guide.label)])
         parts.append(f"{panel.title}: {words}" if panel.title else words)
     axes = f"{y.title} against {x.title.lower()}" if y.title else x.title
     return f"{title}. {axes}. {'. '.join(parts)}."

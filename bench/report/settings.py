@@ -15,6 +15,8 @@ _WORDS = {
     "budget": "budget {}", "timing": "{} timing",
 }  # fmt: skip
 
+UNSAID = ("careful", "", 0)  # the rule, and what a family of settings leaves open
+
 
 def split(settings: Collection[Setting], sources: Mapping[str, Source]) -> tuple[dict[Setting, str], str]:
     """Return a title for each setting from what differs between them, and the rest as one text.
@@ -36,7 +38,7 @@ def split(settings: Collection[Setting], sources: Mapping[str, Source]) -> tuple
         titles[setting] = " · ".join(words)
     first = next(iter(settings), None)
     same = [name for name in _WORDS if name not in differing]
-    constant = [word(first, name) for name in same if getattr(first, name) != "careful"] if first else []
+    constant = [word(first, name) for name in same if getattr(first, name) not in UNSAID] if first else []
     return titles, " · ".join(text for text in constant if text)
 
 

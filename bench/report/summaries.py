@@ -23,6 +23,7 @@ from bench.report.quantities import inert
 from bench.report.values import Source
 from bench.timing import Estimate
 from shortllama.evaluation.results import Perplexity
+from shortllama.shape import ModelShape
 
 OOM = ("oom", "oom-implied")
 MEASURED = ("ok", "unstable")
@@ -99,7 +100,8 @@ class Group(msgspec.Struct, frozen=True):
 class Grid(msgspec.Struct, frozen=True):
     """All that a report draws from. Settings are in order of first appearance, subjects as `ordered` puts them.
 
-    `baseline`: the dense subject of each pruned one; `labels`: names short enough for a figure, unique.
+    `baseline`: the dense subject of each pruned one; `labels`: names short enough for a figure, unique;
+    `shapes`: of the subjects that are at hand.
     """
 
     sources: Mapping[str, Source]
@@ -111,6 +113,7 @@ class Grid(msgspec.Struct, frozen=True):
     parameters: Mapping[str, int]
     perplexity: Mapping[str, Mapping[str, Perplexity]]
     predictions: tuple[Predicted, ...] = ()
+    shapes: Mapping[str, ModelShape] = {}
 
     @property
     def dense(self) -> frozenset[str]:
@@ -125,6 +128,7 @@ def grid(
     perplexity: Mapping[str, Mapping[str, Perplexity]],
     limits: Sequence[Limits | None] = (),
     predictions: tuple[Predicted, ...] = (),
+    shapes: Mapping[str, ModelShape] | None = None,
 ) -> Grid:
     """Return the Grid of these rows; time and memory grow linearly with them. `limits` is parallel to the rows."""
     names = dict.fromkeys([m.cell.subject for m in measurements] + [f.cell.subject for f in frontiers])
@@ -144,6 +148,7 @@ def grid(
         parameters,
         perplexity,
         predictions,
+        shapes or {},
     )
 
 

@@ -58,11 +58,15 @@ class Table(msgspec.Struct, frozen=True):
 
 
 class Axis(msgspec.Struct, frozen=True):
-    """`unit` is a key of quantities.FORMATS; `values` are the only places where ticks make sense, empty = anywhere."""
+    """`unit` is a key of quantities.FORMATS; `values` are the only places where ticks make sense, empty = anywhere.
+
+    Axes are logarithmic; a `linear` one begins at zero.
+    """
 
     title: str
     unit: str
     values: tuple[float, ...] = ()
+    linear: bool = False
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -78,7 +82,8 @@ class Point(msgspec.Struct, frozen=True):
 class Series(msgspec.Struct, frozen=True):
     """One subject in one runtime, batch ascending. `oom`: the batch at which memory ended, None if it never did.
 
-    `colour` and `label` name the subject in every figure alike; `runtime` picks the marker.
+    `colour` and `label` name the subject in every figure alike; `runtime` picks the marker. `changes`: the points, by
+    index, at which a history reaches a new level.
     """
 
     subject: str
@@ -88,6 +93,7 @@ class Series(msgspec.Struct, frozen=True):
     simulated: bool
     points: tuple[Point, ...]
     oom: int | None = None
+    changes: tuple[int, ...] = ()
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -103,12 +109,40 @@ class Span(msgspec.Struct, frozen=True):
     note: str
 
 
+class Guide(msgspec.Struct, frozen=True):
+    """A line that was not measured but helps to read what was: a fit, a roof. `label` stands over the plot."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One stretch of a bar. Parts of one `label` have one colour in all bars."""
+
+    label: str
+    colour: str
+    value: float
+
+
+class Bar(msgspec.Struct, frozen=True):
+    """What one subject's total is made of; the parts add up to it. `note` says the total."""
+
+    subject: str
+    label: str
+    runtime: str
+    simulated: bool
+    parts: tuple[Part, ...]
+    note: str
+
+
 class Panel(msgspec.Struct, frozen=True):
     """One pair of axes; `title` says how it differs from its neighbours."""
 
     title: str
     series: tuple[Series, ...] = ()
     spans: tuple[Span, ...] = ()
+    bars: tuple[Bar, ...] = ()
+    guides: tuple[Guide, ...] = ()
 
 
 class Chart(msgspec.Struct, frozen=True):
@@ -119,7 +153,7 @@ class Chart(msgspec.Struct, frozen=True):
 
     name: str
     title: str
-    form: Literal["lines", "points", "spans"]
+    form: Literal["lines", "points", "spans", "bars"]
     x: Axis
     y: Axis
     panels: tuple[Panel, ...]

@@ -77,7 +77,7 @@ def _write_heading(sheet: Sheet, heading: Sequence[tuple[str, float, str, str]],
 
 
 class KeyItem(msgspec.Struct, frozen=True):
-    """One entry of the key: a subject by colour, or a runtime by marker."""
+    """One entry of the key: a subject or a part by colour, or a runtime by marker."""
 
     label: str
     colour: str
@@ -94,13 +94,17 @@ def _key(chart: Chart, size: Size) -> list[list[KeyItem]]:
     named = {one.subject: one for one in members}.values()
     room = size.width - 40
     subjects = [KeyItem(fitting(one.label, size.font, room), one.colour, "") for one in named]
+    parts = {p.label: p for panel in chart.panels for bar in panel.bars for p in bar.parts}.values()
+    if parts:
+        return _rows([KeyItem(part.label, part.colour, "") for part in parts], size)
     shown = [runtimes] if chart.form == "points" and len(kinds) > 1 else []
     shown += [subjects] if not size.gutter and chart.form != "spans" else []
-    rows: list[list[KeyItem]] = []
-    for items in shown:
-        widths = [26 + measure(item.label, size.font) for item in items]
-        rows += [[items[i] for i in row] for row in placement.rows(widths, size.width, 14)]
-    return rows
+    return [row for items in shown for row in _rows(items, size)]
+
+
+def _rows(items: Sequence[KeyItem], size: Size) -> list[list[KeyItem]]:
+    widths = [26 + measure(item.label, size.font) for item in items]
+    return [[items[i] for i in row] for row in placement.rows(widths, size.width, 14)]
 
 
 def _write_key(sheet: Sheet, key: Sequence[Sequence[KeyItem]], y: float, size: Size) -> float:

@@ -1,4 +1,7 @@
-"""The three forms of a panel: lines, points, and spans of batches. They draw on the sheet given and nowhere else."""
+"""The four forms of a panel: lines, points, spans of batches, and bars of parts.
+
+They draw on the sheet given and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from bench.report.figures import placement, ticks
 from bench.report.figures.canvas import Sheet, fitting, measure
 from bench.report.figures.placement import Box
 from bench.report.palette import LIGHT, marker
-from bench.report.values import Axis, Chart, Panel, Point, Series, Span
+from bench.report.values import Axis, Bar, Chart, Panel, Point, Series, Span
 
 if TYPE_CHECKING:
     from bench.report.figures.draw import Size
@@ -31,7 +34,7 @@ WIDEST_LABEL = 150.0
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Log-axis limits that panels share; `y` is None where every panel has its own."""
+    """Axis limits that panels share; `y` is None where every panel has its own."""
 
     x: tuple[float, float]
     y: tuple[float, float] | None
@@ -39,8 +42,8 @@ class Limits(msgspec.Struct, frozen=True):
 
 def height(chart: Chart, panel: Panel, plot: float, *, single: bool) -> float:
     """Return the pixels a panel needs from top to bottom."""
-    if chart.form == "spans":
-        return TITLE + ROW * len(panel.spans) + FOOT + 6
+    if chart.form in ("spans", "bars"):
+        return TITLE + ROW * (len(panel.spans) + len(panel.bars)) + FOOT + 6
     return TITLE + UNIT + plot * (1.15 if single and plot > 260 else 1.0) + FOOT
 
 
@@ -48,15 +51,25 @@ def shared_limits(chart: Chart) -> Limits:
     """Return limits over all panels, so that neighbours compare; perplexities of different texts do not."""
     if chart.form == "spans":
         return Limits(ticks.limits(chart.x.values, pad=0.7, least=4), None)
+    if chart.form == "bars":
+        totals = [sum(part.value for part in bar.parts) for panel in chart.panels for bar in panel.bars]
+        return Limits(ticks.from_zero(totals), None)
     points = [point for panel in chart.panels for series in panel.series for point in series.points]
-    xs = [x for point in points for x in (point.x, *(point.x_interval or ()))]
+    guided = [place for panel in chart.panels for guide in panel.guides for place in guide.points]
+    xs = [x for point in points for x in (point.x, *(point.x_interval or ()))] + [x for x, _ in guided]
+    own = None if chart.form == "points" else _heights(chart, chart.panels)
+    if chart.x.linear:
+        return Limits(ticks.from_zero(xs), own)
     # Room at the left for the names of the diagonals, which stand beside the fastest points.
     x = ticks.limits(xs, pad=1.6 if chart.diagonals else 1.0 if not chart.x.values else 0.6)
-    return Limits(x, None if chart.form == "points" else _heights(points))
+    return Limits(x, own)
 
 
-def _heights(points: Sequence[Point]) -> tuple[float, float]:
-    return ticks.limits([y for point in points for y in (point.y, *(point.y_interval or ()))])
+def _heights(chart: Chart, panels: Sequence[Panel]) -> tuple[float, float]:
+    points = [point for panel in panels for series in panel.series for point in series.points]
+    ys = [y for point in points for y in (point.y, *(point.y_interval or ()))]
+    ys += [y for panel in panels for guide in panel.guides for _, y in guide.points]
+    return ticks.from_zero(ys) if chart.y.linear else ticks.limits(ys)
 
 
 def panel(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size, limits: Limits) -> None:
@@ -64,12 +77,14 @@ def panel(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size, limit
     _title(sheet, panel, area, size)
     if chart.form == "spans":
         _draw_spans(sheet, chart, panel, area, size, limits)
+    elif chart.form == "bars":
+        _draw_bars(sheet, chart, panel, area, size, limits)
     else:
         _draw_curves(sheet, chart, panel, area, size, limits)
 
 
 def _title(sheet: Sheet, panel: Panel, area: Box, size: Size) -> None:
-    members: Sequence[Series | Span] = panel.series or panel.spans
+    members: Sequence[Series | Span | Bar] = panel.series or panel.spans or panel.bars
     x, y = area.left + 1, area.top - 15
     if len({one.runtime for one in members}) == 1:  # the title teaches the marker
         sheet.line([x + 5], [y + 4.5], "muted", marker=marker(members[0].runtime), markersize=6.5, linestyle="none")
@@ -82,21 +97,31 @@ def _title(sheet: Sheet, panel: Panel, area: Box, size: Size) -> None:
 
 
 def _draw_curves(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size, limits: Limits) -> None:
-    y_limits = limits.y or _heights([point for series in panel.series for point in series.points])
-    y_ticks = ticks.logarithmic(*y_limits)
+    y_limits = limits.y or _heights(chart, [panel])
+    y_ticks = _round(chart.y, y_limits)
     y_labels = [quantities.tick(value, chart.y.unit) for value in y_ticks]
     left = area.left + max(measure(label, size.font - 1) for label in y_labels) + 9
     names = {one.subject: fitting(one.label, size.font, WIDEST_LABEL) for one in panel.series}
     gutter = max(measure(name, size.font) for name in names.values()) + 40 if size.gutter else 6
     frame = Box(left, area.bottom + FOOT, area.right - gutter, area.top - TITLE - UNIT)
-    sheet.text(area.left + 1, area.top - TITLE - 12, chart.y.title, size=size.font - 0.5, colour="muted")
+    named = sheet.text(area.left + 1, area.top - TITLE - 12, chart.y.title, size=size.font - 0.5, colour="muted")
+    label = " · ".join(guide.label for guide in panel.guides if guide.label)
+    if label:
+        label = fitting(label, size.font - 0.5, area.right - named - 14)
+        sheet.text(area.right - 1, area.top - TITLE - 12, label, size=size.font - 0.5, align="right")
     axes = sheet.axes(frame)
-    axes.set(xscale="log", yscale="log", xlim=limits.x, ylim=y_limits)
+    axes.set(
+        xscale="linear" if chart.x.linear else "log", yscale="linear" if chart.y.linear else "log", xlim=limits.x,
+        ylim=y_limits,
+    )  # fmt: skip
     _upright(axes, y_ticks, y_labels, size)
     _level(sheet, axes, chart.x, frame, area, limits.x, size)
+    for guide in panel.guides:
+        xs, ys = zip(*guide.points, strict=True)
+        axes.plot(xs, ys, color=LIGHT["muted"], linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
     if chart.diagonals:
         _draw_diagonals(sheet, axes, panel, frame, size, limits.x)
-    below = covered(axes, panel.series) if chart.form == "lines" else [0] * len(panel.series)
+    below = covered(axes, panel.series) if chart.form == "lines" and not chart.x.linear else [0] * len(panel.series)
     for rank, series in reversed(list(enumerate(panel.series))):
         _draw_series(sheet, axes, chart, series, rank, min(below[rank], 3))
     if size.gutter:
@@ -116,7 +141,7 @@ def _level(
     sheet: Sheet, axes: Axes, axis: Axis, frame: Box, area: Box, limits: tuple[float, float], size: Size
 ) -> None:
     """Put ticks where they have a meaning (batches that were measured) or are round, as many as fit."""
-    values = [v for v in axis.values if limits[0] <= v <= limits[1]] or ticks.logarithmic(*limits)
+    values = [v for v in axis.values if limits[0] <= v <= limits[1]] or _round(axis, limits)
     labels = {value: quantities.tick(value, axis.unit) for value in values}
     widths = {value: measure(label, size.font - 1) for value, label in labels.items()}
     places = {value: float(axes.transData.transform((value, 1.0))[0]) for value in values}
@@ -133,6 +158,15 @@ def _level(
     sheet.text(
         (frame.left + frame.right) / 2, frame.bottom - 37, title, size=size.font - 0.5, colour="muted", align="center"
     )
+
+
+def _round(axis: Axis, limits: tuple[float, float]) -> list[float]:
+    """Return round values for ticks: of bytes in their binary unit, of what is counted whole ones only."""
+    if not axis.linear:
+        return ticks.logarithmic(*limits)
+    scale = 1024 ** int(math.log(limits[1], 1024)) if axis.unit == "bytes" and limits[1] >= 1 else 1
+    found = [value * scale for value in ticks.linear(limits[0] / scale, limits[1] / scale)]
+    return [value for value in found if axis.unit != "integer" or value == int(value)]
 
 
 def covered(axes: Axes, series: Sequence[Series]) -> list[int]:
@@ -162,6 +196,12 @@ def _draw_series(sheet: Sheet, axes: Axes, chart: Chart, series: Series, rank: i
         **_face(series),
         zorder=depth + 0.01, clip_on=False, solid_joinstyle="round",
     )  # fmt: skip
+    for place in series.changes:
+        point = series.points[place]
+        axes.plot(
+            [point.x], [point.y], color=colour, marker="o", markersize=15, markerfacecolor="none",
+            markeredgewidth=1.8, zorder=depth + 0.02, clip_on=False,
+        )  # fmt: skip
     if series.oom is not None:
         (x0, y0), (x1, y1) = _end(axes, series), cross(axes, series)
         sheet.line([x0, x1], [y0, y1], series.colour, linestyle=(0, (1, 1.6)), linewidth=1.8)
@@ -310,3 +350,28 @@ def _draw_span(sheet: Sheet, axes: Axes, span: Span, y: float, frame: Box) -> No
     if span.fits is not None:
         style = {**_face(span), "marker": marker(span.runtime), "markersize": 8.5, "linestyle": "none"}
         sheet.line([fits], [y], span.colour, **style)
+
+
+# -- bars --------------------------------------------------------------------------------------------------------------
+
+
+def _draw_bars(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size, limits: Limits) -> None:
+    """One bar a subject, its name and total above it, its parts side by side with a hair of paper between them."""
+    frame = Box(area.left + 8, area.bottom + FOOT, area.right - 8, area.top - TITLE)
+    axes = sheet.axes(frame)
+    axes.set(xscale="linear", xlim=limits.x, ylim=(0, 1))
+    axes.yaxis.set_visible(False)
+    _level(sheet, axes, chart.x, frame, area, limits.x, size)
+    for index, bar in enumerate(panel.bars):
+        base = frame.top - ROW * index
+        note = measure(bar.note, size.font - 1)
+        sheet.text(frame.right, base - 17, bar.note, size=size.font - 1, colour="muted", align="right")
+        name = fitting(bar.label, size.font, frame.right - frame.left - note - 14)
+        sheet.text(frame.left, base - 17, name, size=size.font)
+        start = 0.0
+        for part in bar.parts:
+            ends = [float(axes.transData.transform((x, 0.5))[0]) for x in (start, start + part.value)]
+            if ends[1] - ends[0] > 1:
+                shown = [ends[0], ends[1] - 1]
+                sheet.line(shown, [base - 30, base - 30], part.colour, linewidth=10, solid_capstyle="butt")
+            start += part.value

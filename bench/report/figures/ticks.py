@@ -43,6 +43,11 @@ def limits(values: Sequence[float], pad: float = 1.0, least: float = 1.6) -> tup
     return math.exp(low - margin), math.exp(high + margin)
 
 
+def from_zero(values: Sequence[float]) -> tuple[float, float]:
+    """Return limits of a linear axis: zero, and the largest of these values with a little room."""
+    return 0.0, (max([0.0, *values]) or 1.0) * 1.06
+
+
 def thin(positions: Sequence[float], widths: Sequence[float], gap: float) -> list[int]:
     """Return indices of labels to keep, ascending, so that centred labels of these widths stay `gap` apart.
 
