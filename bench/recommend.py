@@ -51,7 +51,7 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> int:
     """Choose a shape for given limits: the fastest that meets all of them. Exit code 1 where none does."""
-    results = [store.read(run) for run in runs]
+    results = [store.read(run) for run in store.measured(runs)]
     found = candidates(results, perplexities(runs, text), device, price_per_hour)
     wanted = {"batch": batch, "prompt": prompt, "output": output}
     chosen = [one for one in found if all(v is None or getattr(one.cell, k) == v for k, v in wanted.items())]

@@ -10,7 +10,7 @@ import fcntl
 import gc
 import math
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from shortllama import files
 from shortllama.errors import InputError
 
 FILE_NAME = "measurements.jsonl"
+STUDY = "study.jsonl"
 _DECODER: msgspec.json.Decoder[Row] = msgspec.json.Decoder(Row)
 
 
@@ -37,6 +38,17 @@ class Results(msgspec.Struct, frozen=True):
 def file_of(path: Path) -> Path:
     """Return the results file of a run: the file itself, or the one in a run's folder."""
     return path / FILE_NAME if path.is_dir() else path
+
+
+def measured(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths but studies (`shortllama study`): these hold what models are worth, and no measurements.
+
+    Raises InputError where only studies are given.
+    """
+    found = [path for path in paths if file_of(path).exists() or not (path / STUDY).exists()]
+    if paths and not found:
+        raise InputError(f"{paths[0]}: a study without measurements; give a run beside it (see shortllama sweep --out)")
+    return found
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -330,6 +330,38 @@ def test_bad_commands_are_one_line(folder: Path, command):
     assert "without weights" in command("study", "shape.toml", "--dry-run")[2]
 
 
+def test_ctrl_c_keeps_what_is_finished(folder: Path, command, monkeypatch: pytest.MonkeyPatch):
+    from shortllama.studies import work
+
+    once = work.Work._run
+
+    def second_is_interrupted(self: work.Work, run: study.Run) -> rows.Row:
+        if run.recipe is not None:
+            raise KeyboardInterrupt
+        return once(self, run)
+
+    monkeypatch.setattr(work.Work, "_run", second_is_interrupted)
+    code, _, said = command("study", "small.toml", "--out", "out", "--device", "cpu")
+    assert (code, "note: out keeps what is finished; --resume goes on from there" in said) == (130, True)
+    assert len(rows.read(folder / "out")) == 1
+    assert len(read_evaluation(folder / "out" / "quality.json").subjects) == 2
+
+
+def test_reports_take_what_a_study_found_beside_a_run(folder: Path, command):
+    from bench import store
+    from bench.recommend import perplexities
+
+    assert command("study", "small.toml", "--out", "out", "--device", "cpu")[0] == 0
+    (folder / "run").mkdir()
+    (folder / "run" / store.FILE_NAME).touch()
+    both = [folder / "run", folder / "out"]
+    assert store.measured(both) == both[:1]
+    with pytest.raises(InputError, match="a study without measurements"):
+        store.measured(both[1:])
+    found = rows.read(folder / "out")[0]
+    assert perplexities(both, None)["dense/ppl:0.25"] == found.before.perplexity["ids:ids.jsonl"].perplexity
+
+
 # -- what it amounts to -----------------------------------------------------------------------------------------------
 
 

@@ -27,21 +27,22 @@ def write(runs: Sequence[Path], out: Path) -> None:
     if not runs:
         raise InputError("no run given; name the folder of at least one (see shortllama sweep --out)")
     files.check_folder(out, MARK)
-    results = [store.read(run) for run in runs]
+    measured = store.measured(runs)
+    results = [store.read(run) for run in measured]
     quality: dict[str, Quality] = {}
     for run in runs:
         file = store.file_of(run).parent / QUALITY
         if file.exists():
             quality |= read_evaluation(file).subjects
     shapes = calibrated.shapes(row for one in results for row in one.measurements)
-    report = assembly.build(results, quality, [_origin(run) for run in runs], shapes)
+    report = assembly.build(results, quality, [_origin(run) for run in measured], shapes)
     with files.new_folder(out, MARK) as folder:
         try:
             _write_all(report, folder)
-            for number, run in enumerate(runs, 1):
+            for number, run in enumerate(measured, 1):
                 suite = store.file_of(run).parent / SUITE
                 if suite.is_file():  # so that the folder says on its own how to measure again
-                    name = SUITE if len(runs) == 1 else f"suite-{number}.toml"
+                    name = SUITE if len(measured) == 1 else f"suite-{number}.toml"
                     (folder / name).write_bytes(suite.read_bytes())
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror})") from error

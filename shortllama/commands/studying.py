@@ -52,8 +52,12 @@ def study(
     options.check_output_folder(out, work.MARK)
     work.begin(given, files.read_bytes(path), out, resume=resume)
     settings = work.Settings(device, data_dir, trust_remote_code)
-    with _bars() as step:
-        failed = work.Work(given, source, out, settings, step, console.note).go()
+    try:
+        with _bars() as step:
+            failed = work.Work(given, source, out, settings, step, console.note).go()
+    except KeyboardInterrupt:
+        console.note(f"{out} keeps what is finished; --resume goes on from there")
+        raise
     show(out, as_json)
     for line in failed:
         console.say(f"failed: {line}")

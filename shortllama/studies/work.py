@@ -62,26 +62,33 @@ class Work:
 
     def go(self) -> tuple[str, ...]:
         """Do what is left of the study; return what failed, one line each. Finished runs are never repeated."""
+        failed: list[str] = []
         with rows.writer(self.out) as file:
             done = {row.id for row in rows.read(self.out)}
             self._dense()
-            failed: list[str] = []
             self.step("runs", len(done), len(self.runs))
-            for pruned, group in groupby(self.runs, key=lambda run: run.pruned):
-                left = [run for run in group if run.id not in done]
-                for run in left:
-                    try:
-                        rows.append(file, self._run(run))
-                    except ShortllamaError as error:
-                        failed.append(f"{run.id}: {error}")
-                        continue
-                    done.add(run.id)
-                    self._tidy(self.out / "runs" / run.id)
-                    self.step("runs", len(done), len(self.runs))
-                if not any(run.pruned == pruned and run.id not in done for run in self.runs):
-                    self._tidy(self.out / "pruned" / pruned.id)
-            self._write_quality(file)
+            try:
+                for pruned, group in groupby(self.runs, key=lambda run: run.pruned):
+                    self._group(pruned, list(group), file, done, failed)
+            finally:
+                self._write_quality()
         return tuple(failed)
+
+    def _group(self, pruned: Pruned, group: list[Run], file: BinaryIO, done: set[str], failed: list[str]) -> None:
+        """Do the runs of one pruned model that are left, adding to what is done or has failed."""
+        for run in [run for run in group if run.id not in done]:
+            try:
+                rows.append(file, self._run(run))
+            except ShortllamaError as error:
+                failed.append(f"{run.id}: {error}")
+                continue
+            done.add(run.id)
+            self.step("runs", len(done), len(self.runs))
+        for run in group:
+            if run.id in done:
+                self._tidy(self.out / "runs" / run.id)
+        if all(run.id in done for run in group):
+            self._tidy(self.out / "pruned" / pruned.id)
 
     # -- what is evaluated --------------------------------------------------------------------------------------------
 
@@ -97,7 +104,7 @@ class Work:
             self.meter = Meter(self.source, self.study.evaluation, self.settings)
         return self.meter.measure(source, lambda of, done, total: self.step(f"{what}: {of}", done, total))
 
-    def _write_quality(self, file: BinaryIO) -> None:
+    def _write_quality(self) -> None:
         subjects = dict(read_evaluation(self.out / "dense.json").subjects)
         for row in rows.read(self.out):
             base = row.subject.partition(" + ")[0]
