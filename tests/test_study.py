@@ -359,7 +359,7 @@ def test_reports_take_what_a_study_found_beside_a_run(folder: Path, command):
     with pytest.raises(InputError, match="a study without measurements"):
         store.measured(both[1:])
     found = rows.read(folder / "out")[0]
-    assert perplexities(both, None)["dense/ppl:0.25"] == found.before.perplexity["ids:ids.jsonl"].perplexity
+    assert perplexities(both, None)[found.subject] == found.before.perplexity["ids:ids.jsonl"].perplexity
 
 
 # -- what it amounts to -----------------------------------------------------------------------------------------------
