@@ -17,6 +17,7 @@ from bench.recommend import recommend
 from bench.sweep import sweep
 from shortllama import cli as core
 from shortllama import console
+from shortllama.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,13 +37,22 @@ app.command(epilog="Example: shortllama doctor --aa 5")(doctor)
 @app.command(epilog="Example: shortllama report runs/mine --out reports/mine")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs: folders or files.", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the report.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report.", show_default=False)] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Show the report here; --out is optional then.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Write a report on one or more runs: one HTML page, Markdown, figures as PNG and SVG, tables as CSV."""
     from bench import report as reports
 
-    reports.write(runs, out)
+    if out is None and not terminal:
+        raise InputError("no place for the report; give --out DIR, or --terminal to read it here")
+    if terminal and as_json:
+        raise InputError("--terminal and --json both write to stdout; give one of them")
+    made = reports.read(runs) if out is None else reports.write(runs, out)
+    if terminal:
+        reports.show(made)
+    if out is None:
+        return
     if as_json:
         names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
         console.emit({"out": str(out), "files": names})

@@ -25,8 +25,22 @@ def build(
     return assembly.build(results, quality, origins)
 
 
-def write(runs: Sequence[Path], out: Path) -> None:
+def write(runs: Sequence[Path], out: Path) -> Report:
     """Write the report on these runs into the folder `out`; see bench.report.publish. Raises InputError."""
     from bench.report import publish
 
-    publish.write(runs, out)
+    return publish.write(runs, out)
+
+
+def read(runs: Sequence[Path]) -> Report:
+    """Return the report on these runs as data, and write nothing. Raises InputError."""
+    from bench.report import publish
+
+    return publish.gather(runs)[0]
+
+
+def show(report: Report) -> None:
+    """Write a report to the terminal; see bench.report.terminal."""
+    from bench.report import terminal
+
+    terminal.show(report)

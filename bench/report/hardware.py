@@ -99,7 +99,7 @@ def launch_fit(grid: Grid, style: Style) -> Chart | None:
 
     chart = _at_one_batch(
         grid, style, point, keep, guides, name="launch-fit", title="Decode step against number of blocks",
-        x=Axis("Blocks", "integer", linear=True), y=Axis("Seconds of a decode step", "s", linear=True), form="points",
+        x=Axis("Blocks", "integer", linear=True), y=Axis("Decode step", "s", linear=True), form="points",
         reading="The dashed line is fitted to shapes whose blocks are alike. Its slope is what one block costs, "
         "reading its weights and launching its operations; where it begins is what a step costs without any block.",
     )  # fmt: skip

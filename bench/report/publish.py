@@ -19,14 +19,13 @@ MARK = "index.html"
 QUALITY = "quality.json"
 
 
-def write(runs: Sequence[Path], out: Path) -> None:
-    """Write the report on these runs into `out`: index.html, report.md, figures/, tables/ and the suites.
+def gather(runs: Sequence[Path]) -> tuple[Report, Sequence[Path]]:
+    """Return the report on these runs, and those among them that hold measurements.
 
-    Raises InputError where a run cannot be read or has no rows, and where `out` is not ours; nothing is written then.
+    Raises InputError where a run cannot be read or has no rows.
     """
     if not runs:
         raise InputError("no run given; name the folder of at least one (see shortllama sweep --out)")
-    files.check_folder(out, MARK)
     measured = store.measured(runs)
     results = [store.read(run) for run in measured]
     quality: dict[str, Quality] = {}
@@ -35,7 +34,16 @@ def write(runs: Sequence[Path], out: Path) -> None:
         if file.exists():
             quality |= read_evaluation(file).subjects
     shapes = calibrated.shapes(row for one in results for row in one.measurements)
-    report = assembly.build(results, quality, [_origin(run) for run in measured], shapes)
+    return assembly.build(results, quality, [_origin(run) for run in measured], shapes), measured
+
+
+def write(runs: Sequence[Path], out: Path) -> Report:
+    """Write the report on these runs into `out`: index.html, report.md, figures/, tables/ and the suites.
+
+    Raises InputError where a run cannot be read or has no rows, and where `out` is not ours; nothing is written then.
+    """
+    files.check_folder(out, MARK)
+    report, measured = gather(runs)
     with files.new_folder(out, MARK) as folder:
         try:
             _write_all(report, folder)
@@ -46,6 +54,7 @@ def write(runs: Sequence[Path], out: Path) -> None:
                     (folder / name).write_bytes(suite.read_bytes())
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    return report
 
 
 def _origin(run: Path) -> Origin:
