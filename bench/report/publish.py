@@ -24,8 +24,7 @@ def gather(runs: Sequence[Path]) -> tuple[Report, Sequence[Path]]:
 
     Raises InputError where a run cannot be read or has no rows.
     """
-    if not runs:
-        raise InputError("no run given; name the folder of at least one (see shortllama sweep --out)")
+    _need_one(runs)
     measured = store.measured(runs)
     results = [store.read(run) for run in measured]
     quality: dict[str, Quality] = {}
@@ -42,6 +41,7 @@ def write(runs: Sequence[Path], out: Path) -> Report:
 
     Raises InputError where a run cannot be read or has no rows, and where `out` is not ours; nothing is written then.
     """
+    _need_one(runs)
     files.check_folder(out, MARK)
     report, measured = gather(runs)
     with files.new_folder(out, MARK) as folder:
@@ -55,6 +55,11 @@ def write(runs: Sequence[Path], out: Path) -> Report:
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     return report
+
+
+def _need_one(runs: Sequence[Path]) -> None:
+    if not runs:
+        raise InputError("no run given; name the folder of at least one (see shortllama sweep --out)")
 
 
 def _origin(run: Path) -> Origin:
