@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -103,9 +104,8 @@ def emulated(cell: Cell, machine: Machine) -> str | None:
     )
 
 
-def frontier(group: Group, rows: dict[str, Measurement], environment_id: str) -> Frontier:
-    """Return the largest batch of a finished group, as far as the batches of its suite tell."""
-    found = [rows[one.cell_id] for one in group.cells]
+def frontier(group: Group, found: Sequence[Measurement], environment_id: str) -> Frontier:
+    """Return the largest batch of a finished group, as far as the batches of its suite tell; `found`: its rows."""
     fits = tuple(row.cell.batch for row in found if row.outcome in ("ok", "unstable"))
     fails = tuple(row.cell.batch for row in found if row.outcome == "oom")
     ended = any(row.outcome in ("oom", "oom-implied") for row in found)

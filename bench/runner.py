@@ -75,7 +75,7 @@ def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher) -> C
     done = {row.cell_id: row for row in before.measurements} if before else {}
     found = environments(plan, settings)
     check_environments(before, found.values())
-    frontiers = {row.cell for row in before.frontiers} if before else set[Cell]()
+    frontiers = {row.cell: row for row in before.frontiers} if before else {}
     serve(plan, settings)
     with store.Writer(file) as writer, _watch(plan, settings, done) as watch:
         sweep = _Sweep(settings, writer, found, done, watcher, watch)
@@ -83,8 +83,11 @@ def run(plan: Schedule, settings: Settings, folder: Path, watcher: Watcher) -> C
             watcher.finished(done[cell_id])
         for group in plan.groups:
             sweep.group(group)
-            if group.key not in frontiers:
-                writer.write(rows.frontier(group, sweep.rows, sweep.environment(group)))
+            known_end = frontiers.get(group.key)
+            end = rows.frontier(group, sweep.of_group(group), sweep.environment(group))
+            # A searched end stands; one read off the grid is told anew where a later call added batches.
+            if known_end is None or (not known_end.confirmed and known_end != end):
+                writer.write(end)
     return Counter(row.outcome for cell_id, row in done.items() if cell_id in wanted)
 
 
@@ -182,6 +185,9 @@ class _Sweep:
         watch: Watch,
     ) -> None:
         self.rows = done
+        self._groups: dict[Cell, list[Measurement]] = {}
+        for row in done.values():
+            self._groups.setdefault(row.cell.group, []).append(row)
         self._settings = settings
         self._writer = writer
         self._environments = environments
@@ -194,6 +200,10 @@ class _Sweep:
     def environment(self, group: Group) -> str:
         """The id of the environment that a group's rows refer to."""
         return self._environments[group.key.runtime in runtimes.SIMULATED].id
+
+    def of_group(self, group: Group) -> list[Measurement]:
+        """The rows of a group so far, those of earlier calls among them; batch ascending."""
+        return sorted(self._groups.get(group.key, []), key=lambda row: row.cell.batch)
 
     def group(self, group: Group) -> None:
         """Run the cells of a group that have no row yet."""
@@ -339,6 +349,7 @@ class _Sweep:
     def _write(self, row: Measurement) -> None:
         self._writer.write(row)
         self.rows[row.cell_id] = row
+        self._groups.setdefault(row.cell.group, []).append(row)
         if row.outcome == "oom":
             self._witnesses.add(row.cell)
         self._watcher.finished(row)

@@ -85,6 +85,16 @@ def test_every_cell_has_its_row_and_every_group_its_frontier(tmp_path: Path) -> 
     assert len(set(sessions.values())) == 2, "a child process is a session"
 
 
+def test_an_end_read_off_the_grid_is_told_anew_where_batches_are_added(tmp_path: Path) -> None:
+    few = Sweep(tmp_path, msgspec.structs.replace(SUITE, batch=(1,)), oom_from=4, subject="llama-7b")
+    few.run()
+    Sweep(tmp_path, oom_from=4, subject="llama-7b").run()
+    ends = [one for one in store.read(tmp_path).frontiers if one.cell.subject == "llama-7b"]
+    assert [(one.largest_batch, one.fits, one.fails) for one in ends] == [(1, (1,), ()), (2, (1, 2), (4,))]
+    Sweep(tmp_path, oom_from=4, subject="llama-7b").run()
+    assert len(store.read(tmp_path).frontiers) == 4, "nothing new, nothing told"
+
+
 def test_out_of_memory_implies_larger_batches(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, oom_from=4, subject="llama-7b")
     assert sweep.run() == {"ok": 6, "oom": 1, "oom-implied": 1}
