@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench import children, environment, memory, outcomes, requests, search, store
+from bench import children, environment, outcomes, requests, search, store
 from bench.frontier import Ask
 from bench.measurement import Frontier
 from bench.schedule import Group
@@ -157,22 +157,35 @@ def real(runtime: str, budget: str) -> tuple[Group, requests.runner.Settings]:
     return plan.groups[0], requests.runner.Settings(chosen, machine, 1, 120.0)
 
 
+REAL = """schema = "shortllama.suite/1"
+subjects = ["reference/depth:9"]
+runtimes = ["static", "eager"]
+dtypes = ["float32"]
+batch = [1]
+prompt = [16]
+output = [24]
+budgets = ["48MiB"]
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["static", "eager"])
-def test_on_a_cpu_the_answer_is_exact_in_every_repeat(runtime: str) -> None:
-    group, settings = real(runtime, "48MiB")
-    found = [search.search(group, settings, lambda *_: None) for _ in range(2)]
-    answers = {row.largest_batch for row in found}
-    assert len(answers) == 1, answers
-    (answer,) = answers
-    assert answer is not None
-    predicted = memory.largest_batch(SMALL, runtime, "float32", 16, 24, 48 * MIB)
-    assert answer == pytest.approx(predicted, rel=0.1)
-    for row in found:
-        assert (row.confirmed, row.non_monotone, row.unsteady) == (True, False, ())
-        assert row.peak_bytes == pytest.approx(48 * MIB, rel=0.12)
-        assert "RLIMIT_DATA" in (row.emulated or "")
-        assert (row.trial_s or 0) > 0
+def test_on_a_cpu_two_commands_agree_within_some_heap_pages(run_command: Callable, suite: Path, tmp_path: Path) -> None:
+    suite.write_text(REAL)
+    found: list[dict[str, Frontier]] = []
+    for name in ("first", "second"):
+        done = run_command("oom", suite, "--device", "cpu", "--out", tmp_path / name, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        found.append({row.cell.runtime: row for row in store.read(tmp_path / name).frontiers})
+    for runtime in ("static", "eager"):
+        first, second = (one[runtime] for one in found)
+        # Each answer is exact for its own processes. From one command to the next the heaps of small objects lie
+        # differently, which is worth a MiB or two of the budget.
+        assert first.largest_batch == pytest.approx(second.largest_batch, rel=0.08)
+        assert first.largest_batch == pytest.approx(first.predicted, rel=0.1)
+        assert (first.confirmed, first.non_monotone, first.unsteady) == (True, False, ())
+        assert first.peak_bytes == pytest.approx(48 * MIB, rel=0.12)
+        assert "RLIMIT_DATA" in (first.emulated or "")
+        assert (first.trial_s or 0) > 0
 
 
 def test_a_trial_says_what_ended_it() -> None:
