@@ -52,5 +52,5 @@ def _of_host() -> tuple[float, float]:
 def _clock() -> tuple[float]:
     found = psutil.cpu_freq()
     if found is None or not found.current:
-        raise NotImplementedError("this host does not say its clocks")
+        raise OSError("this host does not say its clocks")
     return (float(found.current),)

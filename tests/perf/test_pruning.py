@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import process_time
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -50,20 +50,16 @@ def calibration(ids_BT: torch.Tensor) -> Calibration:
 
 
 @pytest.fixture
-def cpu_ratio(timed: bool) -> Callable[..., float]:
-    """Return run(a, b, pairs) -> the ratio of processor seconds, a to b, measured in turn (ABBA) on one thread.
-
-    These run for seconds and wait for nothing, so that this is the ratio of wall times on a machine of one's own; on
-    a busy one, wall times hold what other programs took.
-    """
+def wall_ratio(timed: bool) -> Callable[..., float]:
+    """Return run(a, b, pairs) -> the ratio of wall seconds, a to b, measured in turn (ABBA) on one thread."""
 
     def run(a: Callable[[], object], b: Callable[[], object], pairs: int) -> float:
         times: tuple[list[float], list[float]] = ([], [])
         for pair in range(pairs if timed else 1):
             for which in (0, 1) if pair % 2 else (1, 0):
-                start = process_time()
+                start = perf_counter()
                 (a, b)[which]()
-                times[which].append(process_time() - start)
+                times[which].append(perf_counter() - start)
         return ratio(*times)
 
     return run
@@ -99,28 +95,28 @@ def naive_steps(model, ids_BT: torch.Tensor) -> list[str]:
     return [str(block) for block in order]
 
 
-def test_ppl_scores_against_the_naive_way(benchmark, cpu_ratio, deep, ids_BT, calibration, timed: bool):
+def test_ppl_scores_against_the_naive_way(benchmark, wall_ratio, deep, ids_BT, calibration, timed: bool):
     benchmark.group = "scoring: ppl, 16 blocks"
     scores = benchmark.pedantic(score, args=(deep, "ppl", calibration), rounds=3, warmup_rounds=1)
     assert scores.blocks == pytest.approx(naive_ppl(deep, ids_BT), rel=1e-4)
-    share = cpu_ratio(lambda: score(deep, "ppl", calibration), lambda: naive_ppl(deep, ids_BT), 3)
+    share = wall_ratio(lambda: score(deep, "ppl", calibration), lambda: naive_ppl(deep, ids_BT), 3)
     benchmark.extra_info["of_naive"] = round(share, 3)
     if timed:
         assert share <= MOST_OF_NAIVE
 
 
-def test_iterative_ppl_against_the_naive_way(benchmark, cpu_ratio, deep, ids_BT, calibration, timed: bool):
+def test_iterative_ppl_against_the_naive_way(benchmark, wall_ratio, deep, ids_BT, calibration, timed: bool):
     benchmark.group = "scoring: ppl, 3 removals from 16 blocks"
     until: Any = {"goal": Goal(STEPS, "floor", "count")}
     scores = benchmark.pedantic(iterate, args=(deep, "ppl", calibration), kwargs=until, rounds=1, warmup_rounds=1)
     assert list(scores.order or ()) == naive_steps(deep, ids_BT)
-    share = cpu_ratio(lambda: iterate(deep, "ppl", calibration, **until), lambda: naive_steps(deep, ids_BT), 3)
+    share = wall_ratio(lambda: iterate(deep, "ppl", calibration, **until), lambda: naive_steps(deep, ids_BT), 3)
     benchmark.extra_info["of_naive"] = round(share, 3)
     if timed:
         assert share <= MOST_OF_NAIVE
 
 
-def test_watching_criteria_together_against_a_plain_forward(benchmark, cpu_ratio, deep, timed: bool):
+def test_watching_criteria_together_against_a_plain_forward(benchmark, wall_ratio, deep, timed: bool):
     """Over the published amount of data, 10 sequences of 128 tokens. The plain pass has the output head, ours has not;
     with this vocabulary the head is 1/200 of the pass."""
     benchmark.group = "scoring: bi, angular and relative-magnitude, 16 blocks"
@@ -136,7 +132,7 @@ def test_watching_criteria_together_against_a_plain_forward(benchmark, cpu_ratio
         assert scores.digest() == score(deep, name, calibration).digest()
         assert scores.cost is not None
         assert scores.cost.block_passes == len(DEEP.blocks)
-    share = cpu_ratio(lambda: score_all(deep, WATCHING, calibration), plain, 7)
+    share = wall_ratio(lambda: score_all(deep, WATCHING, calibration), plain, 7)
     benchmark.extra_info["of_a_forward"] = round(share, 3)
     if timed:
         assert share <= MOST_OF_A_FORWARD
