@@ -27,11 +27,15 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """One real experiment. `alarm`: some metric of some cell regressed, so the command would exit with 1."""
+    """One real experiment. `alarm`: some metric of some cell regressed, so the command would exit with 1.
+
+    `load`: runnable processes of the whole machine, mean over five minutes, as the experiment was read off.
+    """
 
     name: str
     alarm: bool
     cells: tuple[Verdict, ...]
+    load: float | None = None
 
 
 class Real(msgspec.Struct, frozen=True):
@@ -142,7 +146,8 @@ def _real(real: Real | None) -> list[str]:
     fingerprint, facts = real.environment.fingerprint, real.environment.facts
     lines += [
         f"{fingerprint['device']}, {fingerprint['threads']} threads, torch {fingerprint['torch']}, "
-        f"{facts['date'][:10]}, commit {facts['commit']}; experiments by `ab`, between two copies of the sources.",
+        f"{facts['date'][:10]}, commit {facts['commit']}; experiments by `ab`, between two copies of the sources. "
+        f"Processors that they may use: {fingerprint['affinity']}{_loads(real)}.",
         "",
     ]
     cells = [cell for trial in real.same for cell in trial.cells]
@@ -166,6 +171,12 @@ def _real(real: Real | None) -> list[str]:
         ]
         lines[-1] += f"measured, it is {mean - 1:+.1%} of the call."
     return lines
+
+
+def _loads(real: Real) -> str:
+    """The range of loads, to tell an idle machine from one that others used as well."""
+    loads = [trial.load for trial in (*real.same, *real.planted) if trial.load is not None]
+    return f"; the machine's load was {min(loads):.1f} to {max(loads):.1f} runnable processes" if loads else ""
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ the machine for itself, and goes on where it was stopped. The report is README.m
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -30,17 +31,17 @@ from shortllama import console, files
 SINGLES, EXPERIMENTS, CELLS = 10_000, 3_000, 50
 EFFECTS = (0.0, 0.03, 0.05)
 
-# One subject: the shape of the reference model with three blocks. Calls take some 10 ms, sessions a few seconds.
+# One subject: the shape of the reference model with three blocks. Calls take some 10 ms, sessions ten seconds or so.
 AA_SUITE = Suite(
     schema="shortllama.suite/1",
     subjects=("reference/depth:3",),
     runtimes=("eager", "static"),
     dtypes=("float32",),
     batch=(1, 2, 4, 8, 16),
-    output=(8,),
-    cell_seconds=0.3,
+    output=(4, 8),
+    cell_seconds=0.2,
 )
-PLANTED_SUITE = msgspec.structs.replace(AA_SUITE, runtimes=("eager",), batch=(1,))
+PLANTED_SUITE = msgspec.structs.replace(AA_SUITE, runtimes=("eager",), batch=(1,), output=(8,))
 
 # What the planted copy appends to bench/runtimes/loop.py: a step spins for a share of the time that it took.
 SPIN = f"""
@@ -69,7 +70,7 @@ def study(
     ] = None,
     simulated: Annotated[bool, typer.Option(help="Run the simulated part.")] = True,
     real: Annotated[bool, typer.Option(help="Run the real part, which takes hours on an idle machine.")] = True,
-    experiments: Annotated[int, typer.Option(min=1, help="Real A/A experiments, of ten cells each.")] = 20,
+    experiments: Annotated[int, typer.Option(min=1, help="Real A/A experiments, of twenty cells each.")] = 10,
     planted: Annotated[int, typer.Option(min=1, help="Real experiments with a planted slowdown.")] = 20,
     trials: Annotated[
         int, typer.Option(min=10, help="Simulated comparisons of one cell; three tenths of it with fifty.")
@@ -92,7 +93,7 @@ def study(
         keep(found)
     if real:
         runs = Path("runs") / folder.name
-        for step in measure(runs, experiments, planted):
+        for step in measure(runs, experiments, planted, found.real):
             found = msgspec.structs.replace(found, real=step)
             keep(found)
     console.say(f"wrote {folder / 'README.md'}")
@@ -125,15 +126,20 @@ def simulate(trials: int) -> tuple[tuple[Rate, ...], tuple[Discovery, ...]]:
 # -- real -------------------------------------------------------------------------------------------------------------
 
 
-def measure(runs: Path, experiments: int, planted: int) -> Generator[Real]:
-    """Run what is missing of the real experiments into `runs`; yield what is known after each."""
+def measure(runs: Path, experiments: int, planted: int, before: Real | None = None) -> Generator[Real]:
+    """Run what is missing of the real experiments into `runs`; yield what is known after each.
+
+    An experiment that was finished before is read again from its files, and its load taken from `before`.
+    """
+    loads = {trial.name: trial.load for trial in (*before.same, *before.planted)} if before else {}
     found = Real(environment.measured(environment.machine("cpu"), environment.threads()))
     kinds = (("same", experiments, AA_SUITE, ""), ("planted", planted, PLANTED_SUITE, SPIN))
     for kind, count, suite, appended in kinds:
         with copied("") as base, copied(appended) as head:
             for number in range(1, count + 1):
                 name = f"{kind}-{number:02}"
-                trial = _trial(name, _experiment(runs / name, (base, head), suite))
+                compared = _experiment(runs / name, (base, head), suite)
+                trial = _trial(name, compared, loads.get(name) or os.getloadavg()[1])
                 found = msgspec.structs.replace(found, **{kind: (*getattr(found, kind), trial)})
                 yield found
 
@@ -157,7 +163,7 @@ def copied(appended: str) -> Generator[Path]:
         yield Path(folder)
 
 
-def _trial(name: str, found: Comparison) -> Trial:
+def _trial(name: str, found: Comparison, load: float) -> Trial:
     cells = tuple(
         Verdict(
             one.cell, one.decision.verdict, one.decision.ratio, one.decision.pairs, one.decision.p,
@@ -166,7 +172,8 @@ def _trial(name: str, found: Comparison) -> Trial:
         for one in found.changes
         if one.metric == LATENCY.name
     )  # fmt: skip
-    return Trial(name, any(one.decision.verdict == "regressed" and one.gates for one in found.changes), cells)
+    alarm = any(one.decision.verdict == "regressed" and one.gates for one in found.changes)
+    return Trial(name, alarm, cells, load)
 
 
 if __name__ == "__main__":
