@@ -1,7 +1,8 @@
 """Studies: one file names what varies, and becomes an ordered list of runs, each with an id. Pure: nothing is loaded.
 
 The grid is methods x ratios x calibrations x seeds x recipes. What a choice does not depend on is no part of it
-(calibration and seed of a method that reads none), so that equal runs are equal values and count once.
+(calibration and seed of a method that reads none), so that equal runs are equal values and count once. Ids leave out
+what is a default, so that an option added later changes none.
 Schema history: shortllama.study/1: first.
 """
 
@@ -33,11 +34,11 @@ NONE = "none"
 WITHOUT_TEXT = ("mag", "mag-sp", "random", "last")
 
 
-class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A method with its options, as `prune` has them.
 
     `between` names a recipe: the ratio is then reached in `steps` parts, the model retrained by that recipe after each
-    part but the last, and scored anew. Without it, `steps` is llm-pruner's own.
+    part but the last, and scored anew. Without it, `steps` is llm-pruner's own. `seeds`: instead of the study's.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     group_reduction: str | None = None
     steps: int | None = None
     between: str | None = None
+    seeds: tuple[int, ...] | None = None
 
     @property
     def variant(self) -> Variant:
@@ -73,7 +75,7 @@ class Method(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return self.method + (f" ({', '.join(said)})" if said else "")
 
 
-class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What is scored on; a source as `score --calibration` takes it."""
 
     source: str = SELF
@@ -86,8 +88,11 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.source} {self.samples}x{self.length}"
 
 
-class Retraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A recipe, scaled as `retrain` scales it; "none" leaves the pruned model as it is. `name`: what it is called."""
+class Retraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A recipe, scaled as `retrain` scales it; "none" leaves the pruned model as it is. `name`: what it is called.
+
+    `ratios`: those of the study's that it is for; by default all.
+    """
 
     recipe: str
     name: str | None = None
@@ -103,6 +108,7 @@ class Retraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     hidden: float | None = None
     dtype: str | None = None
     checkpointing: bool | None = None
+    ratios: tuple[float, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -111,14 +117,17 @@ class Retraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     def of(self, seed: int, positions: int | None) -> Recipe:
         """Return the recipe as it runs; its windows fit `positions` unless a length is given."""
-        names = set(self.__struct_fields__) - {"recipe", "name", "data", "lr"}
+        names = set(self.__struct_fields__) - {"recipe", "name", "data", "lr", "ratios"}
         changes = {name: getattr(self, name) for name in names}
         found = recipes.scaled(recipes.lookup(self.recipe), **changes, rate=self.lr, seed=seed)
         return found if self.length is not None else recipes.within(found, positions)
 
 
-class Evaluating(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every model is evaluated on, before and after retraining. `seed`: of text `self`, and of nothing else."""
+class Evaluating(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What every model is evaluated on, before and after retraining. `seed`: of text `self`, and of nothing else.
+
+    `task_data`: a folder, looked up in the data folder too, as names of texts are.
+    """
 
     texts: tuple[str, ...]
     tasks: tuple[str, ...] = ()
@@ -141,7 +150,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     keep_weights: bool = False
 
 
-class Pruned(msgspec.Struct, frozen=True):
+class Pruned(msgspec.Struct, frozen=True, omit_defaults=True):
     """A pruned model of a study, evaluated: what several runs begin with. None: makes no difference to it."""
 
     model: str
@@ -174,7 +183,7 @@ class Pruned(msgspec.Struct, frozen=True):
         return _digest((self.model, row.criterion, self.method.unit or row.unit, self.calibration, self.seed))
 
 
-class Run(msgspec.Struct, frozen=True):
+class Run(msgspec.Struct, frozen=True, omit_defaults=True):
     """One run: a pruned model, and its retraining with a seed, or None for both."""
 
     pruned: Pruned
@@ -222,24 +231,31 @@ def grid(study: Study) -> tuple[Run, ...]:
             for row in study.methods
             for ratio in study.ratios
             for calibration in study.calibrations
-            for seed in study.seeds
+            for seed in row.seeds or study.seeds
             for run in _runs(study, _pruned(study, row, ratio, calibration, seed, named), seed)
         )
     )
 
 
 def _runs(study: Study, pruned: Pruned, seed: int) -> list[Run]:
-    return [Run(pruned) if one.recipe == NONE else Run(pruned, one, seed) for one in study.recipes]
+    asked = [one for one in study.recipes if one.ratios is None or pruned.ratio in one.ratios]
+    return [Run(pruned) if one.recipe == NONE else Run(pruned, _everywhere(one), seed) for one in asked]
+
+
+def _everywhere(one: Retraining) -> Retraining:
+    """A recipe as a run has it: the grid's own choices are no part of a run."""
+    return msgspec.structs.replace(one, ratios=None)
 
 
 def _pruned(
     study: Study, row: Method, ratio: float, calibration: Calibration, seed: int, named: dict[str, Retraining]
 ) -> Pruned:
     read = reads_text(row)
-    between = named[row.between] if row.between else None
+    between = _everywhere(named[row.between]) if row.between else None
     drawn = read or between is not None or methods.lookup(row.method).criterion == "random"
+    method = msgspec.structs.replace(row, seeds=None)
     return Pruned(
-        study.model, row, ratio, calibration if read else None, seed if drawn else None, between, study.evaluation
+        study.model, method, ratio, calibration if read else None, seed if drawn else None, between, study.evaluation
     )
 
 
@@ -281,6 +297,10 @@ def check(study: Study, shape: ModelShape, positions: int | None, where: str) ->
         at = f"{where}: $.recipes[{number}]"
         if labels.index(one.label) != number:
             raise InputError(f"{at}: a second recipe is called {one.label!r}; give each a name")
+        strange = sorted(set(one.ratios or ()) - set(study.ratios))
+        if strange or one.ratios == ():
+            listed = _listed(tuple(strange)) or "nothing"
+            raise InputError(f"{at}.ratios: {listed} is no ratio of this study; it has {_listed(study.ratios)}")
         _within(at, lambda one=one: _check_recipe(one, positions))
     for number, one in enumerate(study.calibrations):
         if one.samples < 1 or one.length < 2:
@@ -289,11 +309,17 @@ def check(study: Study, shape: ModelShape, positions: int | None, where: str) ->
                 "of 2 or more"
             )
     for number, row in enumerate(study.methods):
+        if row.seeds == ():
+            raise InputError(f"{where}: $.methods[{number}].seeds is empty; give at least one, or leave it out")
         for ratio in study.ratios:
             _within(
                 f"{where}: $.methods[{number}]", lambda row=row, ratio=ratio: _check_method(row, ratio, shape, study)
             )
     _check_evaluation(study, f"{where}: $.evaluation")
+
+
+def _listed(ratios: tuple[float, ...]) -> str:
+    return ", ".join(f"{ratio:g}" for ratio in ratios)
 
 
 def _within(at: str, action: Callable[[], object]) -> None:
@@ -305,7 +331,8 @@ def _within(at: str, action: Callable[[], object]) -> None:
 
 def _check_recipe(one: Retraining, positions: int | None) -> None:
     if one.recipe == NONE:
-        given = [name for name in one.__struct_fields__ if name != "recipe" and getattr(one, name) not in (None, ())]
+        own = set(one.__struct_fields__) - {"recipe", "ratios"}
+        given = [name for name in one.__struct_fields__ if name in own and getattr(one, name) not in (None, ())]
         if given:
             raise InputError(f"recipe 'none' retrains nothing; leave out {', '.join(given)}")
         return
@@ -351,9 +378,10 @@ def _check_evaluation(study: Study, at: str) -> None:
     _within(
         at, lambda: [protocol.parse(src) for src in wanted.texts] and tasks.lookup(",".join(wanted.tasks or ("all",)))
     )
-    if wanted.seed in study.seeds and any(protocol.parse(src)[0] == SELF for src in wanted.texts):
+    drawn = {*study.seeds, *(seed for row in study.methods for seed in row.seeds or ())}
+    if wanted.seed in drawn and any(protocol.parse(src)[0] == SELF for src in wanted.texts):
         raise InputError(
-            f"{at}.seed is {wanted.seed}, which is in $.seeds too: 'self' would be the very text that is "
+            f"{at}.seed is {wanted.seed}, which is a seed of runs too: 'self' would be the very text that is "
             "calibrated and retrained on; give another"
         )
 

@@ -109,6 +109,18 @@ def test_what_a_method_does_not_read_is_no_part_of_its_runs():
     assert changes == len(pruned) - 1
 
 
+def test_a_method_has_its_own_seeds_and_a_recipe_its_own_ratios():
+    text = SMALL.replace('method = "ppl"', 'method = "ppl"\nseeds = [3, 4]')
+    text = text.replace("steps = 3", "steps = 3\nratios = [0.5]")
+    runs = study.grid(checked(text))
+    assert [(run.pruned.ratio, run.pruned.seed, run.recipe is None) for run in runs] == [
+        (0.25, 3, True), (0.25, 4, True), (0.5, 3, True), (0.5, 3, False), (0.5, 4, True), (0.5, 4, False),
+    ]  # fmt: skip
+    # What the grid leaves out says nothing about the runs that it has.
+    plain = SMALL.replace("[[calibrations]]", "seeds = [3, 4]\n[[calibrations]]", 1)
+    assert {run.id for run in runs} < {run.id for run in study.grid(parse(plain))}
+
+
 def test_ids_change_with_whatever_changes_a_run():
     ids = [run.id for run in study.grid(parse(SMALL))]
     assert ids == [run.id for run in study.grid(parse(SMALL))]
@@ -151,6 +163,8 @@ def test_parts_of_a_way_in_steps_remove_what_the_ratio_removes(ratio: float):
         ('method = "ppl"', 'method = "ppl"\nsteps = 4\nbetween = "short"', "removes 1 of 4 blocks; take fewer steps"),
         ('method = "ppl"', 'method = "ppl"\nbetween = "short"', "needs steps of 2 or more"),
         ('method = "ppl"', 'method = "flap"\nsteps = 2\nbetween = "short"', "adds biases"),
+        ('method = "ppl"', 'method = "ppl"\nseeds = []', r"\$.methods\[0\].seeds is empty"),
+        ("steps = 3", "steps = 3\nratios = [0.3]", r"\$.recipes\[1\].ratios: 0.3 is no ratio.* has 0.25, 0.5"),
         ("[0.25, 0.5]", "[1.5]", "1.5 is outside"),
         ("[0.25, 0.5]", "[]", r"\$.ratios is empty"),
         ('recipe = "lora"', 'recipe = "lroa"', r"\$.recipes\[1\]: recipe 'lroa' is unknown; did you mean 'lora'"),

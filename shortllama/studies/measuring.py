@@ -26,7 +26,7 @@ class Meter:
             zeroshot.require_harness()
         self._wanted, self._settings = wanted, settings
         self._tasks = tasks.lookup(",".join(wanted.tasks)) if wanted.tasks else []
-        data = None if wanted.task_data is None else Path(wanted.task_data)
+        data = None if wanted.task_data is None else _folder(wanted.task_data, settings.data_dir)
         self._items = None if data is None else {name: tasks.read(name, data) for name in self._tasks}
         model, tokenizer = self._load(dense)
         self._texts = {
@@ -62,3 +62,9 @@ class Meter:
     def _load(self, source: Source) -> tuple[Any, Any]:
         trust = self._settings.trust_remote_code
         return pruning.load(source, device=self._settings.device, trust_remote_code=trust)
+
+
+def _folder(name: str, data_dir: Path | None) -> Path:
+    """A folder of tasks by its path, else by its name in the data folder."""
+    path = Path(name)
+    return data_dir / name if data_dir is not None and not path.is_dir() else path
