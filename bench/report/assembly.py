@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bench import findings, regimes
-from bench.report import hardware, holdings, series, trend
+from bench.report import hardware, holdings, paper_causes, paper_tables, series, trend
 from bench.report.predictions import errors
 from bench.report.sources import Origin, combine, describe
 from bench.report.summaries import Grid, grid
@@ -62,7 +62,12 @@ def build(
             *series.charts(measured, (*series.CHARTS, *hardware.CHARTS, *holdings.CHARTS)),
             *trend.charts(history, measured),
         ),
-        tables=(*tables(measured), *trend.tables(history, measured)),
+        tables=(
+            *tables(measured),
+            *paper_tables.tables(measured),
+            *paper_causes.tables(measured),
+            *trend.tables(history, measured),
+        ),
         sources=tuple(sources.values()),
     )
 
