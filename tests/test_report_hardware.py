@@ -94,6 +94,44 @@ def test_positions_cover_the_generation_in_few_marks(charts):
     assert points[-1].x == 32.5
 
 
+def test_mean_and_peak_stand_side_by_side(charts):
+    panels = charts["utilisation-batch"].panels
+    assert [panel.title for panel in panels] == ["eager · mean", "eager · peak", "static · mean", "static · peak"]
+    levels = [{point.y for one in panel.series for point in one.points} for panel in panels]
+    assert levels == [{0.5}, {0.75}, {0.5}, {0.75}]
+    assert "Mean: Utilisation" in charts["utilisation-batch"].alternative
+
+
+def telemetry_of(grid, **values):
+    """The grid with this telemetry in every row."""
+    rows = [msgspec.structs.replace(row.row, telemetry=values) for row in grid.rows]
+    return hardware_rows.charts(summaries.grid(rows, [], grid.sources, {}))
+
+
+def test_rows_without_a_peak_have_their_mean_alone():
+    chart = telemetry_of(hardware_rows.grid(), host_busy=0.5)["utilisation-batch"]
+    assert [panel.title for panel in chart.panels] == ["eager", "static"]
+
+
+def test_a_gpu_is_drawn_by_the_papers_counter_and_by_its_own():
+    found = telemetry_of(hardware_rows.grid(), nvml_busy=0.9, nvml_busy_max=1.0, gpm_sm=0.3, host_busy=0.1)
+    assert found["utilisation-batch"].y.title == "Time in which any kernel ran"
+    assert [panel.title for panel in found["sm-batch"].panels] == ["eager", "static"]
+    assert {point.y for one in found["sm-batch"].panels[0].series for point in one.points} == {0.3}
+
+
+def test_devices_stand_beside_each_other():
+    """Latency and utilisation of two devices in one report, a panel each."""
+    rows = hardware_rows.rows()
+    other = hardware_rows.cases.machine("NVIDIA L4", threads=4)
+    more = [msgspec.structs.replace(row, environment=other.id) for row in rows]
+    sources = {env.id: hardware_rows.cases_source(env) for env in (hardware_rows.cases.machine(), other)}
+    found = hardware_rows.charts(summaries.grid([*rows, *more], [], sources, {}, shapes=hardware_rows.SHAPES))
+    titles = [panel.title for panel in found["utilisation-batch"].panels]
+    assert titles[:2] == ["eager · AMD EPYC 9254, 2026-11-22 · mean", "eager · AMD EPYC 9254, 2026-11-22 · peak"]
+    assert len([title for title in titles if "NVIDIA L4" in title]) == 4
+
+
 def test_energy_is_as_sampled(charts):
     assert [point.y for point in charts["energy-batch"].panels[0].series[0].points] == [2.0, 0.25, 0.03125]
 

@@ -70,6 +70,30 @@ def test_every_field_has_a_value_or_a_reason() -> None:
     assert (row["power_violation_s"], row["thermal_violation_s"], row[fields.THROTTLE], row["flags"]) == (0, 0, [], [])
 
 
+def test_peaks_are_the_highest_that_a_reading_can_tell() -> None:
+    """Utilisation jumps to 1 between 13 and 14 s; what was read in the first second speaks of before the window."""
+    busy = {"busy": lambda at: 0.99 if at < 10.5 else 0.95 if 13 <= at < 14 else 0.5}
+    busy["host_busy_s"] = lambda at: 50.0 + 0.4 * at + (1.2 * min(max(at - 13, 0), 1))
+    row = summed(made(more=busy))
+    assert row["nvml_busy_max"] == 0.95
+    assert row["nvml_busy"] < row["nvml_busy_max"]
+    assert row["host_busy_max"] == pytest.approx(0.8), "1.6 of 2 seconds of two cores"
+    assert row["host_busy"] == pytest.approx((0.4 * 5 + 1.2) / 10)
+
+
+def test_one_stretch_has_a_mean_and_no_peak() -> None:
+    row = summed(made(0.9))
+    assert (row["host_busy"], row["host_busy_max"]) == (0.5, None)
+    assert "no two stretches" in (fields.reason(row, "host_busy_max") or "")
+
+
+def test_a_failed_reading_leaves_no_peak() -> None:
+    row = summed(made(busy="NVML: GPU is lost", host_s="psutil: denied"))
+    assert row["nvml_busy_max"] is row["host_busy_max"] is None
+    assert fields.reason(row, "nvml_busy_max") == "NVML: GPU is lost"
+    assert fields.reason(row, "host_busy_max") == "psutil: denied"
+
+
 def test_energy_is_what_the_counter_says_and_power_checks_it() -> None:
     row = summed(made())
     assert row["power_w"] == pytest.approx(396)
@@ -110,6 +134,7 @@ def test_a_short_window_has_no_means(seconds: float) -> None:
     row = summed(made(seconds))
     told = {name for name in FIELDS if row[name] is not None}
     edges = {"power_violation_s", "thermal_violation_s", "host_busy", "throttle_reasons"}
+    edges |= {"host_busy_max"} if seconds > 1 else set()
     assert told == edges | {"window_s", "readings", "calls", "tokens", "sampler_cpu_share", "idle_power_w", "flags"}
     assert fields.reason(row, "nvml_busy") == f"the window of {seconds:.2f} s is shorter than 2 s"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import correlation, linear_regression, mean, median
 
 import msgspec
@@ -15,7 +15,18 @@ import msgspec
 from bench import regimes
 from bench.report import quantities, settings
 from bench.report.palette import kind
-from bench.report.series import SERIES_LIMIT, Builder, Style, batches, curve, ends, line_chart, make, value_of
+from bench.report.series import (
+    PANEL_LIMIT,
+    SERIES_LIMIT,
+    Builder,
+    Style,
+    batches,
+    curve,
+    ends,
+    line_chart,
+    make,
+    value_of,
+)
 from bench.report.summaries import Grid, Setting, Summary
 from bench.report.values import Axis, Chart, Guide, Panel, Point, Series
 
@@ -153,18 +164,30 @@ def roofline(grid: Grid, style: Style) -> Chart | None:
 
 
 def utilisation_batch(grid: Grid, style: Style) -> Chart | None:
-    """How busy the device is against batch, by the best counter that every drawn cell has (the paper's Figure 2)."""
-    counters = {"gpm_sm": "Share of SMs busy", "nvml_busy": "Time in which any kernel ran", "host_busy": "CPU in use"}
+    """How busy the device is against batch, mean and peak side by side (the paper's Figure 2), by the counter that the
+    paper used where there is a GPU."""
+    counters = {"nvml_busy": "Time in which any kernel ran", "host_busy": "CPU in use"}
     for field, title in counters.items():
-        chart = _telemetry(
-            grid, style, field, name="utilisation-batch", title="Utilisation against batch size",
-            y=Axis(title, "share", linear=True),
-            reading="The mean over a window in which the cell was called again and again. A low value at a small batch "
-            "is room that a larger one can use.",
-        )  # fmt: skip
-        if chart is not None:
-            return chart
+        words = {
+            "name": "utilisation-batch", "title": "Utilisation against batch size",
+            "reading": "Mean and, where rows have it, peak over a window in which the cell was called again and again. "
+            "A low mean at a small batch is room that a larger one can use; one busy SM of a GPU reads as all of it.",
+        }  # fmt: skip
+        means = _telemetry(grid, style, field, y=Axis(title, "share", linear=True), **words)
+        if means is not None:
+            peaks = _telemetry(grid, style, f"{field}_max", y=means.y, **words)
+            return means if peaks is None else _side_by_side({"mean": means, "peak": peaks})
     return None
+
+
+def sm_batch(grid: Grid, style: Style) -> Chart | None:
+    """The share of SMs busy against batch, by performance counters: one mean a window, which have no peak."""
+    return _telemetry(
+        grid, style, "gpm_sm", name="sm-batch", title="Share of SMs busy against batch size",
+        y=Axis("Share of SMs busy", "share", linear=True),
+        reading="The mean over a window in which the cell was called again and again, by performance counters. They "
+        "give one mean a window, so there is no peak. A low value is room that a larger batch can use.",
+    )  # fmt: skip
 
 
 def energy_batch(grid: Grid, style: Style) -> Chart | None:
@@ -177,7 +200,7 @@ def energy_batch(grid: Grid, style: Style) -> Chart | None:
 
 
 CHARTS: tuple[Builder, ...] = (
-    speedup_parameters, launch_fit, roofline, step_positions, utilisation_batch, energy_batch,
+    speedup_parameters, launch_fit, roofline, step_positions, utilisation_batch, sm_batch, energy_batch,
 )  # fmt: skip
 
 
@@ -293,6 +316,21 @@ def _roof(cells: Sequence[Summary]) -> tuple[Guide, ...]:
             name = "measured ceilings" if source == "measured" else "datasheet peaks"
             return (Guide(name, tuple((x, min(rate, bandwidth * x)) for x in corners)),)
     return ()
+
+
+def _side_by_side(charts: Mapping[str, Chart]) -> Chart:
+    """Return one figure of several with the same axes: panels of one setting beside each other, named by the keys."""
+    first = next(iter(charts.values()))
+    titles = list(dict.fromkeys(panel.title for chart in charts.values() for panel in chart.panels))
+    panels = [
+        msgspec.structs.replace(panel, title=f"{panel.title} · {name}")
+        for title in titles for name, chart in charts.items() for panel in chart.panels if panel.title == title
+    ]  # fmt: skip
+    left_out = first.left_out
+    if len(panels) > PANEL_LIMIT and not left_out:
+        left_out = f"Not drawn: {len(panels) - PANEL_LIMIT} of {len(panels)} panels; the tables have them all."
+    said = " ".join(f"{name.capitalize()}: {chart.alternative}" for name, chart in charts.items())
+    return msgspec.structs.replace(first, panels=tuple(panels[:PANEL_LIMIT]), alternative=said, left_out=left_out)
 
 
 def _telemetry(grid: Grid, style: Style, field: str, *, name: str, title: str, y: Axis, reading: str) -> Chart | None:

@@ -29,6 +29,7 @@ FIELDS: dict[str, str] = {
     "sampler_cpu_share": "CPU seconds of the sampler per second of the window",
     # The device.
     "nvml_busy": "mean share of time in which any kernel ran, as NVML rates it; one busy SM reads as 1",
+    "nvml_busy_max": "highest reading of it",
     "ring_busy": "the same, from the driver's own timestamped samples",
     "ring_memory_busy": "share of time in which memory was read or written, from the driver's samples",
     "power_w": "mean power of the board",
@@ -53,6 +54,7 @@ FIELDS: dict[str, str] = {
     # The host.
     "cpu_cores": "CPU seconds of the measured process per second",
     "host_busy": "share of the host's CPU time in use, by all processes",
+    "host_busy_max": "the same over the busiest stretch of half a second or more between two readings",
     "rss_bytes": "highest reading of the measured process's resident memory",
     "cpu_mhz": "mean clock of the host's cores",
     # What to know before reading the rest, such as power-capped.

@@ -14,6 +14,8 @@ DISAGREEMENT = 0.05
 DISAGREES = "energy-disagrees"
 # NVML rates utilisation over up to a second: readings of the window's first second speak of before.
 RATED_S = 1.0
+# A host counts its time in hundredths of a second: over less than this, a share is coarse.
+STRETCH_S = 0.5
 
 _TIMED = ("power_violation_s", "thermal_violation_s")
 _Questions = dict[str, Callable[[], Any]]
@@ -75,6 +77,7 @@ def _common(cut: Cut, loop: Loop | None) -> _Questions:
 def _device(cut: Cut) -> _Questions:
     return {
         "nvml_busy": lambda: fmean(cut.values("busy", RATED_S)),
+        "nvml_busy_max": lambda: max(cut.values("busy", RATED_S)),
         "ring_busy": lambda: fmean(value for _, value in cut.ring("busy")),
         "ring_memory_busy": lambda: fmean(value for _, value in cut.ring("memory_busy")),
         "sm_clock_mhz": lambda: median(cut.values("sm_clock_mhz")),
@@ -133,9 +136,27 @@ def _host(cut: Cut, loop: Loop | None) -> _Questions:
     return {
         "cpu_cores": cores,
         "host_busy": lambda: _share(cut.rise("host_busy_s"), cut.rise("host_s")),
+        "host_busy_max": lambda: _busiest(cut),
         "rss_bytes": lambda: int(max(value for _, value in process("rss_bytes"))),
         "cpu_mhz": lambda: fmean(cut.values("cpu_mhz")),
     }
+
+
+def _busiest(cut: Cut) -> float:
+    """Return the largest share of any stretch of STRETCH_S or more; with one alone that is the mean, and no peak."""
+    for name in ("host_busy_s", "host_s"):
+        cut.rise(name)  # raises where either counter cannot be told
+    counted = [one for one in cut.window.readings if {"host_busy_s", "host_s"} <= one.values.keys()]
+    shares: list[float] = []
+    before = counted[0]
+    for after in counted[1:]:
+        if after.at_s - before.at_s >= STRETCH_S:
+            rise = {name: after.values[name] - before.values[name] for name in ("host_busy_s", "host_s")}
+            shares.append(_share(rise["host_busy_s"], rise["host_s"]))
+            before = after
+    if len(shares) < 2:
+        raise Invalid(f"the window has no two stretches of {STRETCH_S:g} s between readings")
+    return max(shares)
 
 
 def _share(part: float, whole: float) -> float:
