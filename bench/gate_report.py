@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +12,7 @@ import msgspec
 from bench import gate_simulation
 from bench.gate_simulation import Discovery, Rate
 from bench.measurement import Environment
+from bench.report import wording
 
 SLOWDOWN = 0.15  # of the step, planted in the real part
 
@@ -145,7 +147,7 @@ def _real(real: Real | None) -> list[str]:
         return [*lines, f"Not run yet. On an idle machine, with this folder as FOLDER: `{command}`."]
     fingerprint, facts = real.environment.fingerprint, real.environment.facts
     lines += [
-        f"{fingerprint['device']}, {fingerprint['threads']} threads, torch {fingerprint['torch']}, "
+        f"{fingerprint['device']}, {wording.plural(fingerprint['threads'], 'thread')}, torch {fingerprint['torch']}, "
         f"{facts['date'][:10]}, commit {facts['commit']}; experiments by `ab`, between two copies of the sources. "
         f"Processors that they may use: {fingerprint['affinity']}{_loads(real)}.",
         "",
@@ -162,6 +164,13 @@ def _real(real: Real | None) -> list[str]:
     hits, total = _planted(real)
     lines += _table(("what", "found", "rate", "95 % upper bound"), rows)
     lines += ["", "Cells of one experiment share sessions, so the bound over cells is smaller than it should be."]
+    detectable = [cell.detectable for cell in cells if cell.detectable is not None]
+    if detectable:
+        settled = sum(cell.verdict == "equivalent" for cell in cells)
+        lines[-1] += (
+            f" {settled} of {len(cells)} comparisons ended as equivalent; the effect that would be found in four of "
+            f"five experiments has the median {statistics.median(detectable):.1%}."
+        )
     if total:
         ratios = [cell.ratio for trial in real.planted for cell in trial.cells if cell.ratio]
         mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
