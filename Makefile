@@ -12,6 +12,8 @@ HARNESS := $(VENV)/.installed-eval
 OLDEST := $(ROOT)/.venv-oldest
 OLDEST_TESTS := test_shape test_configs test_surgery test_families test_checkpoint test_verification test_runtimes \
 	test_criteria test_perplexity
+# Test files run side by side; each process has one compute thread.
+WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 
 # Slices of a campaign on a GPU with whatever Python has torch and transformers there: nothing is installed or fetched.
@@ -33,19 +35,19 @@ report: setup
 	cd $(ROOT) && $(BIN)/python -m bench.quick
 
 test: $(HARNESS)
-	cd $(ROOT) && $(BIN)/python -m pytest
+	cd $(ROOT) && $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 $(HARNESS): $(STAMP)
 	cd $(ROOT) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	cd $(ROOT) && $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/%.py)
+	cd $(ROOT) && $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(OLDEST_TESTS:%=tests/%.py)
 
 $(OLDEST)/.installed: $(ROOT)/pyproject.toml $(ROOT)/constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	cd $(ROOT) && $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-oldest.txt -e . pytest pytest-timeout hypothesis gguf
+		-c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist hypothesis gguf
 	touch $@
 
 lint: setup
