@@ -89,6 +89,6 @@ def _source(source: Source) -> str:
         ("Device", escape(source.device)), ("Versions", escape(source.versions)), ("Date", escape(source.date)),
         ("Run", escape(source.run)), ("Suite", escape(source.suite)),
         ("Again with", code(source.command) if source.command else ""), ("Commit", escape(source.commit)),
-        ("Fingerprint", code(source.environment)),
+        ("Fingerprint", code(source.environment) if source.environment else ""),
     ]  # fmt: skip
     return "\n".join(f"- {label}: {text}" for label, text in facts if text)

@@ -36,7 +36,18 @@ DARK = {
     "ink": "#e9ecf1", "muted": "#a2abb8", "rule": "#2c323b", "guide": "#4a525e", "paper": "#14171c",
 }  # fmt: skip
 
-MARKERS = {"eager": "o", "static": "s", "paper": "D", "compile": "^", "cudagraph": "v", "roofline": "P"}
+MARKERS = {
+    "": "o",
+    "pruned": "o",
+    "retrained": "D",  # where nothing ran: states of a study
+    "eager": "o",
+    "static": "s",
+    "paper": "D",
+    "compile": "^",
+    "cudagraph": "v",
+    "roofline": "P",
+}
+VERDICTS = {"regressed": "^", "improved": "v", "inconclusive": "D", "equivalent": "o"}  # hollow, around a point
 _DEPTH_PLAN = re.compile(r"depth\b|depth[-:]")
 
 

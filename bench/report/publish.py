@@ -7,33 +7,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import calibrated, store
-from bench.report import assembly, delimited, markdown
+from bench.report import assembly, delimited, markdown, merging
 from bench.report.sources import Origin
+from bench.report.studies import held, parts
+from bench.report.studies.held import Held
 from bench.report.values import Report
 from bench.run_folder import SUITE
-from shortllama import files
+from shortllama import files, plans
 from shortllama.errors import InputError
-from shortllama.evaluation.results import Quality, read_evaluation
+from shortllama.evaluation.results import read_evaluation
 
 MARK = "index.html"
 QUALITY = "quality.json"
 
 
 def gather(runs: Sequence[Path]) -> tuple[Report, Sequence[Path]]:
-    """Return the report on these runs, and those among them that hold measurements.
+    """Return the report on these runs, and those among them that hold measurements; the others are studies.
 
-    Raises InputError where a run cannot be read or has no rows.
+    Raises InputError where a run or study cannot be read or has no rows.
     """
     _need_one(runs)
+    studies = {run: held.read(run, _named(run)) for run in runs if held.is_study(run)}
+    if all(run in studies and not store.file_of(run).exists() for run in runs):
+        return parts.report(list(studies.values())), []
     measured = store.measured(runs)
     results = [store.read(run) for run in measured]
-    quality: dict[str, Quality] = {}
-    for run in runs:
-        file = store.file_of(run).parent / QUALITY
-        if file.exists():
-            quality |= read_evaluation(file).subjects
+    others = [run for run in studies if run not in measured]
+    quality, notes = merging.merged([_given(run, studies.get(run)) for run in (*measured, *others)])
     shapes = calibrated.shapes(row for one in results for row in one.measurements)
-    return assembly.build(results, quality, [_origin(run) for run in measured], shapes), measured
+    report = assembly.build(results, quality, [_origin(run) for run in measured], shapes)
+    return parts.joined(report, list(studies.values()), notes), measured
 
 
 def write(runs: Sequence[Path], out: Path) -> Report:
@@ -44,6 +47,7 @@ def write(runs: Sequence[Path], out: Path) -> Report:
     _need_one(runs)
     files.check_folder(out, MARK)
     report, measured = gather(runs)
+    studies = [run for run in runs if held.is_study(run)]
     with files.new_folder(out, MARK) as folder:
         try:
             _write_all(report, folder)
@@ -52,6 +56,10 @@ def write(runs: Sequence[Path], out: Path) -> Report:
                 if suite.is_file():  # so that the folder says on its own how to measure again
                     name = SUITE if len(measured) == 1 else f"suite-{number}.toml"
                     (folder / name).write_bytes(suite.read_bytes())
+            for number, run in enumerate(studies, 1):
+                if (run / held.STUDY).is_file():
+                    name = held.STUDY if len(studies) == 1 else f"study-{number}.toml"
+                    (folder / name).write_bytes((run / held.STUDY).read_bytes())
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     return report
@@ -62,10 +70,29 @@ def _need_one(runs: Sequence[Path]) -> None:
         raise InputError("no run given; name the folder of at least one (see shortllama sweep --out)")
 
 
+def _named(folder: Path) -> str:
+    """Return what a report calls a folder: where a machine keeps its files is nobody's business."""
+    return folder.name if folder.is_absolute() else str(folder)
+
+
+def _given(run: Path, study: Held | None) -> merging.Given:
+    """Return the qualities of a run or study, and what its plans left of which weights."""
+    folder = store.file_of(run).parent
+    quality = read_evaluation(folder / QUALITY).subjects if (folder / QUALITY).exists() else {}
+    left: dict[str, str] = {}
+    for path in sorted(folder.glob("subjects/*/plan.json")):
+        plan = plans.read_plan(path)
+        left[f"{plan.base.model}/{plan.method}:{plan.target.value:g}"] = merging.weights(plan)
+    if study is not None:
+        left |= {held.subject(row): merging.weights(study.plans[row.pruned]) for row in study.rows
+                 if row.pruned in study.plans}  # fmt: skip
+    return merging.Given(_named(folder), quality, left)
+
+
 def _origin(run: Path) -> Origin:
     """Return what the run's folder says: its suite by name where it is a shipped one, else by the file kept there."""
     folder = store.file_of(run).parent
-    named = folder.name if folder.is_absolute() else str(folder)  # where a machine keeps its files is nobody's business
+    named = _named(folder)
     if not (folder / SUITE).is_file():
         return Origin(named)
     suite = next((name for name in _shipped() if _same(name, folder / SUITE)), f"{named}/{SUITE}")

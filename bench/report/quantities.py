@@ -72,6 +72,11 @@ def share(value: float) -> str:
     return f"{100 * value:.0f}{SPACE}%"
 
 
+def accuracy(value: float) -> str:
+    """A share of 0-1 as a percentage with one decimal, as accuracies are reported: "66.3 %"."""
+    return f"{100 * value:.1f}{SPACE}%"
+
+
 FORMATS = {
     "s": seconds,
     "bytes": size,
@@ -79,6 +84,7 @@ FORMATS = {
     "FLOP/s": rate,
     "ratio": ratio,
     "share": share,
+    "accuracy": accuracy,
     "tokens/s": significant,
     "J/token": significant,
     "number": significant,

@@ -14,7 +14,10 @@ Value: TypeAlias = str | float | int | tuple[float, float] | None  # a pair is a
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Where numbers come from: one environment of one run. Goes under every figure and table."""
+    """Where numbers come from: one environment of one run. Goes under every figure and table.
+
+    `side` tells two runs of one fingerprint apart that are judged against each other.
+    """
 
     environment: str
     device: str
@@ -25,11 +28,17 @@ class Source(msgspec.Struct, frozen=True):
     command: str = ""
     commit: str = ""
     facts: tuple[tuple[str, str], ...] = ()
+    side: str = ""
+
+    @property
+    def place(self) -> str:
+        """Device and side."""
+        return " · ".join(part for part in (self.device, self.side) if part)
 
     @property
     def line(self) -> str:
-        """Device, versions and date in one line."""
-        return " · ".join(part for part in (self.device, self.versions, self.date) if part)
+        """Device, side, versions and date in one line."""
+        return " · ".join(part for part in (self.place, self.versions, self.date) if part)
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -82,8 +91,8 @@ class Point(msgspec.Struct, frozen=True):
 class Series(msgspec.Struct, frozen=True):
     """One subject in one runtime, batch ascending. `oom`: the batch at which memory ended, None if it never did.
 
-    `colour` and `label` name the subject in every figure alike; `runtime` picks the marker. `changes`: the points, by
-    index, at which a history reaches a new level.
+    `colour` and `label` name the subject in every figure alike; `runtime` picks the marker ("" where nothing ran).
+    `changes`: the points, by index, that a ring marks: where a history reaches a new level, blocks that were removed.
     """
 
     subject: str
@@ -94,6 +103,7 @@ class Series(msgspec.Struct, frozen=True):
     points: tuple[Point, ...]
     oom: int | None = None
     changes: tuple[int, ...] = ()
+    verdicts: tuple[tuple[int, str], ...] = ()
 
 
 class Span(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from bench.report import quantities
 from bench.report.figures import placement, ticks
 from bench.report.figures.canvas import Sheet, fitting, measure
 from bench.report.figures.placement import Box
-from bench.report.palette import LIGHT, marker
+from bench.report.palette import LIGHT, VERDICTS, marker
 from bench.report.values import Axis, Bar, Chart, Panel, Point, Series, Span
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ ROW = 42.0  # height of one subject among spans
 LABEL_GAP = 16.5
 STUB = 15.0  # pixels from a curve's end to its cross
 WIDEST_LABEL = 150.0
+VERDICT = 15.0  # size of a mark around a point
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -86,7 +87,7 @@ def panel(sheet: Sheet, chart: Chart, panel: Panel, area: Box, size: Size, limit
 def _title(sheet: Sheet, panel: Panel, area: Box, size: Size) -> None:
     members: Sequence[Series | Span | Bar] = panel.series or panel.spans or panel.bars
     x, y = area.left + 1, area.top - 15
-    if len({one.runtime for one in members}) == 1:  # the title teaches the marker
+    if len({one.runtime for one in members}) == 1 and members[0].runtime:  # the title teaches the marker
         sheet.line([x + 5], [y + 4.5], "muted", marker=marker(members[0].runtime), markersize=6.5, linestyle="none")
         x += 16
     text = fitting(panel.title, size.font + 0.5, area.right - x, "bold")
@@ -202,6 +203,13 @@ def _draw_series(sheet: Sheet, axes: Axes, chart: Chart, series: Series, rank: i
             [point.x], [point.y], color=colour, marker="o", markersize=15, markerfacecolor="none",
             markeredgewidth=1.8, zorder=depth + 0.02, clip_on=False,
         )  # fmt: skip
+    for place, verdict in series.verdicts:
+        point = series.points[place]
+        if verdict in VERDICTS:
+            axes.plot(
+                [point.x], [point.y], color=LIGHT["ink"], marker=VERDICTS[verdict], markersize=VERDICT,
+                markerfacecolor="none", markeredgewidth=1.4, zorder=depth + 0.02, clip_on=False,
+            )  # fmt: skip
     if series.oom is not None:
         (x0, y0), (x1, y1) = _end(axes, series), cross(axes, series)
         sheet.line([x0, x1], [y0, y1], series.colour, linestyle=(0, (1, 1.6)), linewidth=1.8)

@@ -1,0 +1,322 @@
+"""What a study says, in sentences: each with its number, its cause and the command to run next. Pure."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Sequence
+
+from bench.report import quantities, wording
+from bench.report.studies import beside
+from bench.report.studies.held import Held
+from bench.report.studies.outcomes import Outcome, comparable, final, mean, named, outcomes, recipes, spread
+from bench.report.values import Finding
+from shortllama import methods
+from shortllama.evaluation.results import Accuracy
+from shortllama.evaluation.tasks import TASKS
+from shortllama.studies.rows import Row
+from shortllama.study import NONE, Retraining
+
+_CERTAIN = 2.0  # standard errors above guessing from which an accuracy says something
+_PER_RULE = 4
+
+
+def findings(held: Held) -> tuple[Finding, ...]:
+    """Return what the study says, the most decisive first."""
+    return tuple(finding for rule in RULES for finding in rule(held)[:_PER_RULE])
+
+
+# -- which method ------------------------------------------------------------------------------------------------------
+
+
+def best(held: Held) -> list[Finding]:
+    """The method with the lowest perplexity at each ratio, among those retrained alike."""
+    text = _text(held)
+    found: list[Finding] = []
+    for ratio, rivals in _by_ratio(held, text).items():
+        ranked = sorted(rivals, key=lambda one: mean(one.result(text)))
+        if len(ranked) > 1:
+            found.append(_best(held, text, ratio, ranked))
+    return found
+
+
+def _best(held: Held, text: str, ratio: float, ranked: Sequence[Outcome]) -> Finding:
+    first, second = ranked[:2]
+    worst = ranked[-1]
+    base = held.dense.perplexity[text].perplexity if held.dense and text in held.dense.perplexity else None
+    after = "without retraining" if first.recipe == NONE else f"after {first.recipe}"
+    values = f"{_value(first, text)} on {text}, {_value(second, text)} of {named(second, ranked)} next"
+    values += f", {_value(worst, text)} of {named(worst, ranked)} last" if len(ranked) > 2 else ""
+    values += f"; dense {quantities.significant(base)}" if base else ""
+    apart = _apart(first, second, text)
+    verb = "keeps most" if apart else "is ahead by less than seeds differ"
+    name = named(first, ranked)
+    headline = f"At {quantities.share(ratio)}, {name} {verb} {after}: perplexity {values}."
+    cause = f"{name} removed {_removed(first)} of the parameters, {named(second, ranked)} {_removed(second)}; "
+    cause += f"{_seeds(ranked)}."
+    brief = f"At {quantities.share(ratio)} {name} is best {after}: perplexity {_value(first, text)}"
+    brief += f" where the dense model has {quantities.significant(base)}." if base else "."
+    return Finding("best", headline, cause, _prune(first.first), "perplexity-retraining", brief)
+
+
+def _value(one: Outcome, text: str) -> str:
+    values = one.result(text)
+    ends = spread(values)
+    said = quantities.significant(mean(values))
+    return said if ends is None else f"{said} ({quantities.interval(ends, 'number')} over {len(values)} seeds)"
+
+
+def _apart(first: Outcome, second: Outcome, text: str) -> bool:
+    """Return whether the worst seed of the first is better than the best one of the second."""
+    return max(first.result(text)) < min(second.result(text))
+
+
+def _seeds(ranked: Sequence[Outcome]) -> str:
+    counts = {len(one.rows) for one in ranked}
+    if counts == {1}:
+        return "one seed each, so what seeds change is not known"
+    return (
+        "ranges are over seeds" if 1 not in counts else "ranges are over seeds, and where none is given there was one"
+    )
+
+
+def _removed(one: Outcome) -> str:
+    return quantities.share(one.removed)
+
+
+# -- what retraining does ----------------------------------------------------------------------------------------------
+
+
+def won_back(held: Held) -> list[Finding]:
+    """How much of the gap each recipe closed at each ratio: most and least."""
+    text, all_of_them = _text(held), outcomes(held)
+    found: list[Finding] = []
+    for recipe in recipes(all_of_them):
+        for ratio in dict.fromkeys(one.ratio for one in all_of_them if one.recipe == recipe):
+            known = [one for one in all_of_them if (one.recipe, one.ratio) == (recipe, ratio)]
+            known = [one for one in known if one.closed(text, held.dense)]
+            if known:
+                found.append(_won_back(held, text, sorted(known, key=lambda one: -mean(one.closed(text, held.dense)))))
+    return found
+
+
+def _won_back(held: Held, text: str, ranked: Sequence[Outcome]) -> Finding:
+    most, least = ranked[0], ranked[-1]
+    shares = [quantities.share(mean(one.closed(text, held.dense))) for one in (most, least)]
+    how = f"{most.recipe} closed {shares[0]} of the gap in perplexity on {text} for {_told(most, ranked)}"
+    numbers = f"{quantities.significant(mean(most.before(text)))} to {quantities.significant(mean(most.after(text)))}"
+    headline = f"At {quantities.share(most.ratio)} removed, {how} ({numbers})"
+    headline += f", and {shares[1]} for {_told(least, ranked)}." if least is not most else "."
+    return Finding(
+        "won-back", headline, _spent(ranked), _longer(held, most.first), "perplexity-retraining",
+        f"{most.recipe} closed up to {shares[0]} of the gap at {quantities.share(most.ratio)} removed.",
+    )  # fmt: skip
+
+
+def _told(one: Outcome, among: Sequence[Outcome]) -> str:
+    return named(one, among)
+
+
+def _spent(ranked: Sequence[Outcome]) -> str:
+    costs = [row.costs["retraining"] for one in ranked for row in one.rows if "retraining" in row.costs]
+    if not costs:
+        return ""
+    tokens, seconds = mean(cost.tokens for cost in costs), mean(cost.wall_s for cost in costs)
+    return f"Retraining read {quantities.count(tokens)} tokens in {quantities.seconds(seconds)}, mean over the runs."
+
+
+def cuts(held: Held) -> list[Finding]:
+    """One cut against several at one ratio, before and after retraining (the paper's Figure 5)."""
+    text, all_of_them = _text(held), outcomes(held)
+    taught = next((name for name in recipes(all_of_them) if name != NONE), None)
+    found: list[Finding] = []
+    for several in all_of_them:
+        if several.in_steps and several.recipe == (taught or NONE) and several.before(text):
+            once = next(
+                (one for one in all_of_them if one.is_plain and not one.in_steps and _alike(one, several)), None
+            )
+            if once is not None and once.before(text):
+                found.append(_cuts(held, text, once, several))
+    return found
+
+
+def _alike(one: Outcome, other: Outcome) -> bool:
+    def of(which: Outcome) -> tuple[object, ...]:
+        row = which.first
+        return row.method, row.unit, which.ratio, which.calibration, which.recipe
+
+    return of(one) == of(other)
+
+
+def _cuts(held: Held, text: str, once: Outcome, several: Outcome) -> Finding:
+    pruned = [mean(one.before(text)) for one in (several, once)]
+    taught = [one.after(text) for one in (several, once)]
+    how = several.label.partition(" ")[2].strip("()")
+    headline = f"{several.first.method} at {quantities.share(several.ratio)} in several cuts ({how}): perplexity "
+    headline += " against ".join(map(quantities.significant, pruned)) + f" in one cut, on {text}"
+    cause = "The paper finds several cuts better before retraining, and no longer after it"
+    if all(taught):
+        after = [mean(values) for values in taught]
+        headline += f"; after {several.recipe} " + " against ".join(map(quantities.significant, after))
+        gaps = [abs(math.log(a / b)) for a, b in (pruned, after)]
+        same = pruned[0] < pruned[1] and gaps[1] < gaps[0]
+        cause += ": so it is here." if same else ": it is not so here."
+    else:
+        cause += "; these models were not retrained."
+    if "between" in several.first.costs:
+        cost = mean(row.costs["between"].wall_s for row in several.rows if "between" in row.costs)
+        cause += f" Retraining between the cuts took {quantities.seconds(cost)} more."
+    return Finding("cuts", f"{headline}.", cause, _again(held), "one-shot-iterative")
+
+
+# -- against the paper -------------------------------------------------------------------------------------------------
+
+
+def paper_order(held: Held) -> list[Finding]:
+    """How often the study ranks two rows of a table as the paper does."""
+    found: list[Finding] = []
+    tables: dict[str, list[beside.Order]] = {}
+    for order in beside.orders(held):
+        tables.setdefault(order.table, []).append(order)
+    same_model = beside.is_papers(held)
+    for number, members in tables.items():
+        told = wording.join([order.text for order in members])
+        cause = "" if same_model else (
+            f"{quantities.inert(held.model)} is not LLaMA-7B: an order that differs says nothing against either."
+        )  # fmt: skip
+        headline = f"Beside the paper's Table {number}, {told}."
+        found.append(Finding("paper-order", headline, cause, _again(held), ""))
+    return found
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def choosing(held: Held) -> list[Finding]:
+    """Whether generating (LAMBADA) falls before choosing does, as ShortGPT (arXiv 2403.03853) sees it."""
+    dense = held.dense.zero_shot.tasks if held.dense and held.dense.zero_shot else {}
+    known = {name: one for name, one in dense.items() if name in TASKS}
+    writes = {name: one for name, one in known.items() if TASKS[name].choices == (1, 1)}
+    picks = {name: one for name, one in known.items() if name not in writes}
+    if not writes or not picks:
+        return []
+    dull = [name for name, one in known.items() if not _says_something(name, one)]
+    if len([n for n in writes if n not in dull]) == 0 or len([n for n in picks if n not in dull]) == 0:
+        told = ", ".join(f"{name} {quantities.accuracy(known[name].value)}" for name in dull)
+        headline = f"Whether generating falls before choosing cannot be told: the dense model guesses ({told})."
+        cause = f"Within {_CERTAIN:g} standard errors of guessing there is nothing that pruning could take away."
+        return [Finding("choosing", headline, cause, _again(held), "")]
+    return [f for one in final(outcomes(held)) if (f := _choosing(held, one, list(picks), list(writes), dull))][:2]
+
+
+def _says_something(name: str, one: Accuracy) -> bool:
+    low, high = TASKS[name].choices
+    guess = 0.0 if (low, high) == (1, 1) else 1 / low
+    return one.value - guess > _CERTAIN * (one.standard_error or 0.0)
+
+
+def _choosing(
+    held: Held, one: Outcome, picks: Sequence[str], writes: Sequence[str], dull: Sequence[str]
+) -> Finding | None:
+    def lost(names: Sequence[str]) -> float | None:
+        useful = [name for name in names if name not in dull]
+        had = mean(_dense(held, name) for name in useful)
+        now = [one.accuracy(name) for name in useful]
+        return None if None in now else 1 - mean(value for value in now if value is not None) / had
+
+    chosen, written = lost(picks), lost(writes)
+    if chosen is None or written is None:
+        return None
+    falls = "more" if written > chosen else "no more"
+    after = "" if one.recipe == NONE else f" after {one.recipe}"
+    headline = (
+        f"{one.label} at {quantities.share(one.ratio)}{after} lost {quantities.share(written)} of the accuracy in "
+        f"generating ({wording.join(writes)}) and {quantities.share(chosen)} in choosing: {falls}."
+    )
+    cause = f"Left out, because the dense model guesses: {wording.join(dull)}." if dull else ""
+    return Finding("choosing", headline, cause, _again(held), "")
+
+
+def _dense(held: Held, name: str) -> float:
+    assert held.dense is not None
+    assert held.dense.zero_shot is not None
+    return held.dense.zero_shot.tasks[name].value
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def unfinished(held: Held) -> list[Finding]:
+    """Runs that were asked for and are not done."""
+    if held.wanted is None or held.wanted <= len(held.rows):
+        return []
+    headline = f"{len(held.rows)} of {wording.plural(held.wanted, 'run')} of the study are finished."
+    command = shlex.join(["shortllama", "study", f"{held.name}/study.toml", "--out", held.name, "--resume"])
+    return [Finding("unfinished", headline, "What follows is drawn from these alone.", command, brief=headline)]
+
+
+RULES: tuple[Callable[[Held], list[Finding]], ...] = (unfinished, best, won_back, cuts, paper_order, choosing)
+
+
+# -- shared parts ------------------------------------------------------------------------------------------------------
+
+
+def _text(held: Held) -> str:
+    """The text that findings speak of: the first."""
+    return next(iter(held.texts), "")
+
+
+def _by_ratio(held: Held, text: str) -> dict[float, list[Outcome]]:
+    """Return what came out at each ratio, retrained alike: by the first recipe that two methods or more have."""
+    found: dict[float, list[Outcome]] = {}
+    every = outcomes(held)
+    for ratio in dict.fromkeys(one.ratio for one in every):
+        for recipe in recipes(every):
+            alike = [one for one in every if (one.ratio, one.recipe) == (ratio, recipe) and one.result(text)]
+            if len(alike) > 1 and comparable(text, [row.result for one in alike for row in one.rows]):
+                found[ratio] = alike
+                break
+    return found
+
+
+def _again(held: Held) -> str:
+    """The same study in another folder, where its file is at hand."""
+    if held.given is None:
+        return ""
+    return shlex.join(["shortllama", "study", f"{held.name}/study.toml", "--out", "again"])
+
+
+def _prune(row: Row) -> str:
+    """The command that makes the pruned model; "" for one that is made in steps or by an unknown option."""
+    if row.method not in methods.METHODS or row.label not in (row.method, f"{row.method} (modules)"):
+        return ""
+    words = ["prune", row.model, "--method", row.method, "--ratio", f"{row.ratio:g}"]
+    words += ["--unit", "module"] if row.unit == "module" else []
+    if row.calibration is not None:
+        wanted = row.calibration
+        words += ["--calibration", wanted.source, "--samples", str(wanted.samples), "--length", str(wanted.length)]
+    words += ["--seed", str(row.seed)] if row.seed else []
+    return shlex.join(["shortllama", *words, "--out", _folder(row)])
+
+
+def _folder(row: Row) -> str:
+    return f"{row.method}{'-modules' if row.unit == 'module' else ''}-{row.ratio:g}"
+
+
+def _longer(held: Held, row: Row) -> str:
+    """Twice as much of the same recipe, on the same pruned model; "" where the study does not say what it was."""
+    prune = _prune(row)
+    named_so = {one.label: one for one in (held.given.recipes if held.given else ())}
+    recipe = named_so.get(row.recipe)
+    if not prune or recipe is None or recipe.steps is None or len(recipe.data) != 1:
+        return ""
+    words = ["shortllama", "retrain", _folder(row), *_options(recipe), "--out", f"{_folder(row)}-longer"]
+    return f"{prune} && {shlex.join(words)}"
+
+
+def _options(recipe: Retraining) -> list[str]:
+    assert recipe.steps is not None
+    words = ["--recipe", recipe.recipe, "--data", recipe.data[0], "--steps", str(2 * recipe.steps)]
+    for flag, value in (("--batch", recipe.batch), ("--length", recipe.length), ("--lr", recipe.lr)):
+        words += [] if value is None else [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words

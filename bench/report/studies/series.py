@@ -1,0 +1,300 @@
+"""The figures of a study as data: block importance, what was lost and won back, one cut against several. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from bench.report import quantities
+from bench.report.palette import REST, colours
+from bench.report.series import PANEL_LIMIT, SERIES_LIMIT
+from bench.report.studies.held import Held
+from bench.report.studies.outcomes import Outcome, comparable, final, mean, named, outcomes, several, spread
+from bench.report.values import Axis, Bar, Chart, Panel, Part, Point, Series
+from shortllama.plans import Plan
+from shortllama.scores import Scores
+from shortllama.studies.rows import Row
+from shortllama.study import NONE
+
+LOST, BACK, WORSE = ("lost", "warm-1"), ("won back by retraining", "cool-2"), ("lost by retraining", "warm-3")
+ONE_CUT = "one cut"
+_LEAST_NATS = 1e-4  # below it nothing was lost that a bar could show
+
+
+def charts(held: Held) -> tuple[Chart, ...]:
+    """Return every figure that the study holds something for."""
+    made = (build(held) for build in (lost_and_won, block_importance, cuts))
+    return tuple(chart for chart in made if chart is not None)
+
+
+# -- block importance (Shortened LLaMA, Figure 4) ----------------------------------------------------------------------
+
+
+class Importance(msgspec.Struct, frozen=True):
+    """One list of scores, one a block, higher = keep: of blocks, or of the attention or the FFNs alone.
+
+    `name` tells it from the others of its method; `gone`: by ratio, the blocks (from 0) that a plan took it from;
+    `zero`: the score of something that does not matter at all.
+    """
+
+    label: str
+    name: str
+    values: tuple[float | None, ...]
+    gone: Mapping[float, frozenset[int]]
+    zero: float = 0.0
+
+
+def importances(held: Held) -> tuple[Importance, ...]:
+    """Return the scores of every method that scores whole blocks or modules, each list once.
+
+    Scores between steps are those of models that were pruned already, and are left out.
+    """
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in held.rows:
+        scores = held.scores.get(row.pruned)
+        if scores is not None and "between" not in row.costs and not row.iterative:
+            found.setdefault((row.label, _drawn(row)), []).append(row)
+    labels = [label for label, _ in found]
+    lists: list[Importance] = []
+    for (label, drawn), members in found.items():
+        told = f"{label}, {drawn}" if drawn and labels.count(label) > 1 else label
+        lists += _lists(label, told, members, held)
+    return tuple(lists)
+
+
+def _drawn(row: Row) -> str:
+    text = "" if row.calibration is None else f"on {row.calibration.label}"
+    return " ".join(part for part in (text, f"seed {row.seed}" if row.seed is not None else "") if part)
+
+
+def _lists(label: str, told: str, members: Sequence[Row], held: Held) -> list[Importance]:
+    scores = held.scores[members[0].pruned]
+    known = {row.ratio: held.plans[row.pruned] for row in members if row.pruned in held.plans}
+    parts = {"": scores.blocks, "attention": scores.attention, "FFN": scores.mlp}
+    return [
+        Importance(
+            label, f"{told}: {part}" if part else told, tuple(values),
+            {ratio: _gone(plan, part, len(values)) for ratio, plan in sorted(known.items())}, _zero(scores, values),
+        )
+        for part, values in parts.items() if values is not None and _wanted(scores, part)
+    ]  # fmt: skip
+
+
+def _wanted(scores: Scores, part: str) -> bool:
+    return (scores.unit == "block") == (part == "") and scores.unit in ("block", "module")
+
+
+def _zero(scores: Scores, values: Sequence[float | None]) -> float:
+    """Return the dense model's own perplexity for scores that are perplexities, if every one is above it."""
+    dense = (scores.details or {}).get("dense") if scores.criterion == "ppl" else None
+    least = min((value for value in values if value is not None), default=0.0)
+    return float(dense) if isinstance(dense, int | float) and dense < least else 0.0
+
+
+def _gone(plan: Plan, part: str, count: int) -> frozenset[int]:
+    kept = {one.index: one for one in plan.keep}
+    emptied = {"attention": lambda one: one.kv_groups == "", "FFN": lambda one: one.neurons == ""}
+    return frozenset(
+        index for index in range(count) if index not in kept or (part != "" and emptied[part](kept[index]))
+    )
+
+
+def block_importance(held: Held) -> Chart | None:
+    """How much each block matters to each criterion, and which were removed."""
+    lists = importances(held)
+    panels: dict[str, list[Importance]] = {}
+    for one in lists:
+        if len({value for value in one.values if value is not None}) > 1:
+            panels.setdefault(one.label, []).append(one)
+    if not panels:
+        return None
+    tints = colours([(f"{held.model}/{one.label}", False) for one in lists])
+    drawn = [
+        Panel(
+            _importance_title(label, members),
+            tuple(
+                _importance(one, tints[f"{held.model}/{label}"] if not rank else REST[rank % len(REST)])
+                for rank, one in enumerate(members[:SERIES_LIMIT])
+            ),
+        )
+        for label, members in panels.items()
+    ]
+    words = [f"{one.name}: least {_places(one)}{_removed(one)}" for members in panels.values() for one in members[:1]]
+    return Chart(
+        name="block-importance", title="Importance of each block", form="lines",
+        x=Axis("Block", "integer", linear=True), y=Axis("From the least to the most important", "share", linear=True),
+        panels=tuple(drawn[:PANEL_LIMIT]), source=held.line,
+        reading="Each criterion on a logarithmic scale from its least important block to its most important one; a "
+        "perplexity counts by its rise above the dense model's. Rings mark what the smallest ratio removed. The "
+        "table has the scores.",
+        alternative=f"Importance of each block, by criterion. {'. '.join(words)}.",
+        left_out=_left_out(len(drawn), max(map(len, panels.values()))),
+    )  # fmt: skip
+
+
+def _importance_title(label: str, members: Sequence[Importance]) -> str:
+    ratios = [ratio for ratio in members[0].gone]
+    return f"{label}, {quantities.share(ratios[0])} removed" if ratios else label
+
+
+def _importance(one: Importance, colour: str) -> Series:
+    places = [place for place, value in enumerate(one.values) if value is not None]
+    heights = scaled([value - one.zero for value in one.values if value is not None])
+    gone = next(iter(one.gone.values()), frozenset[int]())
+    points = tuple(Point(place + 1, height, place) for place, height in zip(places, heights, strict=True))
+    marked = tuple(index for index, place in enumerate(places) if place in gone)
+    return Series(one.name, one.name, colour, "", False, points, changes=marked)
+
+
+def scaled(values: Sequence[float]) -> list[float]:
+    """Return the values from 0 (the least) to 1, by their logarithms where all are above zero."""
+    drawn = [math.log(value) for value in values] if min(values) > 0 else list(values)
+    low, high = min(drawn), max(drawn)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in drawn]
+
+
+def _places(one: Importance) -> str:
+    known = [(value, place) for place, value in enumerate(one.values) if value is not None]
+    (_, least), (_, most) = min(known), max(known)
+    return f"block {least + 1}, most block {most + 1}"
+
+
+def _removed(one: Importance) -> str:
+    if not one.gone:
+        return ""
+    ratio, gone = next(iter(one.gone.items()))
+    places = ", ".join(str(place + 1) for place in sorted(gone)) or "none"
+    return f", removed at {quantities.share(ratio)}: {places}"
+
+
+def _left_out(panels: int, most: int) -> str:
+    parts = [f"{panels - PANEL_LIMIT} of {panels} panels"] if panels > PANEL_LIMIT else []
+    parts += [f"what is beyond the first {SERIES_LIMIT} of a panel"] if most > SERIES_LIMIT else []
+    return f"Not drawn: {' and '.join(parts)}; the tables have them all." if parts else ""
+
+
+# -- before and after retraining ---------------------------------------------------------------------------------------
+
+
+def lost_and_won(held: Held) -> Chart | None:
+    """What pruning cost in nats a token, and what retraining won back, for each method, ratio and text."""
+    found = final(outcomes(held))
+    panels: list[Panel] = []
+    most = 0
+    for text in held.texts:
+        for ratio in dict.fromkeys(one.ratio for one in found):
+            alike = [one for one in found if one.ratio == ratio and _measured(one, text, held)]
+            most = max(most, len(alike))
+            bars = [_bar(one, text, held, found) for one in sorted(alike, key=lambda one: mean(one.result(text)))]
+            if bars:
+                panels.append(Panel(f"{quantities.share(ratio)} removed, on {text}", bars=tuple(bars[:SERIES_LIMIT])))
+    if not panels:
+        return None
+    panels = _with_all_parts(panels)
+    dense = held.dense
+    assert dense is not None, "measured against it"
+    base = "; ".join(f"{quantities.significant(dense.perplexity[t].perplexity)} on {t}" for t in dense.perplexity)
+    words = [f"{panel.title}: {'; '.join(f'{bar.label} {bar.note}' for bar in panel.bars)}" for panel in panels]
+    return Chart(
+        name="perplexity-retraining", title="What pruning lost, and what retraining won back", form="bars",
+        x=Axis("Nats a token above the dense model", "number", linear=True), y=Axis("", "text"),
+        panels=tuple(panels[:PANEL_LIMIT]), source=held.line,
+        reading=f"A bar is the rise in the logarithm of perplexity; beside it the perplexity pruned and, after the "
+        f"arrow, retrained. The dense model's is {base}. Best result first"
+        + (", means over seeds." if any(len(one.rows) > 1 for one in found) else "."),
+        alternative=f"What pruning lost, and what retraining won back: {'. '.join(words[:PANEL_LIMIT])}.",
+        left_out=_left_out(len(panels), most),
+    )  # fmt: skip
+
+
+def _measured(one: Outcome, text: str, held: Held) -> bool:
+    made = [quality for row in one.rows for quality in (row.before, row.after) if quality is not None]
+    return comparable(text, [held.dense, *made])
+
+
+def _bar(one: Outcome, text: str, held: Held, among: Sequence[Outcome]) -> Bar:
+    assert held.dense is not None
+    base = math.log(held.dense.perplexity[text].perplexity)
+    pruned, retrained = mean(one.before(text)), one.after(text)
+    rise = math.log(pruned) - base
+    left = rise if not retrained else math.log(mean(retrained)) - base
+    sizes = {
+        LOST: max(min(rise, left), 0.0), BACK: max(rise, 0.0) - max(left, 0.0), WORSE: max(left, 0.0) - max(rise, 0.0)
+    }  # fmt: skip
+    note = quantities.significant(pruned)
+    note += f" → {quantities.significant(mean(retrained))}" if retrained else ""
+    parts = tuple(Part(*part, value) for part, value in sizes.items() if part == LOST or value > _LEAST_NATS)
+    name = named(one, among)
+    return Bar(name, name, "", False, parts, note)
+
+
+def _with_all_parts(panels: Sequence[Panel]) -> list[Panel]:
+    """Give every bar the same parts in one order, so that a table of them has columns."""
+    used = {part.label for panel in panels for bar in panel.bars for part in bar.parts}
+    order = [(label, colour) for label, colour in (LOST, BACK, WORSE) if label in used]
+
+    def whole(bar: Bar) -> Bar:
+        held = {part.label: part.value for part in bar.parts}
+        return msgspec.structs.replace(bar, parts=tuple(Part(*one, held.get(one[0], 0.0)) for one in order))
+
+    return [msgspec.structs.replace(panel, bars=tuple(map(whole, panel.bars))) for panel in panels]
+
+
+# -- one cut against several (Shortened LLaMA, Figure 5) ---------------------------------------------------------------
+
+
+def cuts(held: Held) -> Chart | None:
+    """Perplexity over what was removed, in one cut and in several, before and after the last retraining."""
+    found = outcomes(held)
+    panels: list[Panel] = []
+    for text in held.texts:
+        for method in dict.fromkeys(one.first.method for one in found if one.in_steps):
+            for unit in dict.fromkeys(one.first.unit for one in found if one.in_steps and one.first.method == method):
+                rivals = [one for one in found if (one.first.method, one.first.unit) == (method, unit)]
+                rivals = [one for one in rivals if one.in_steps or one.is_plain]
+                series = _cut_series([one for one in rivals if _measured(one, text, held)], text, held)
+                if any(one.subject.startswith(ONE_CUT) for one in series) and len(series) > 1:
+                    title = f"{method}{' (modules)' if unit == 'module' else ''}, on {text}"
+                    panels.append(Panel(title, series[:SERIES_LIMIT]))
+    if not panels:
+        return None
+    words = [f"{p.title}: {'; '.join(f'{s.label} {_range(s)}' for s in p.series)}" for p in panels[:PANEL_LIMIT]]
+    return Chart(
+        name="one-shot-iterative", title="One cut against several", form="lines",
+        x=Axis("Parameters removed", "share", linear=True), y=Axis("Perplexity", "number"),
+        panels=tuple(panels[:PANEL_LIMIT]), source=held.line,
+        reading="Lower is better. Every curve begins at the dense model. Several cuts score again after each, and "
+        "may retrain between them; the last retraining is the same for all.",
+        alternative=f"One cut against several: perplexity over the parameters removed. {'. '.join(words)}.",
+        left_out=_left_out(len(panels), 0),
+    )  # fmt: skip
+
+
+def _range(series: Series) -> str:
+    return f"to {quantities.significant(series.points[-1].y)} at {quantities.share(series.points[-1].x)}"
+
+
+def _cut_series(rivals: Sequence[Outcome], text: str, held: Held) -> tuple[Series, ...]:
+    """One series for each way and state; what is pruned is the same under every recipe."""
+    if held.dense is None:
+        return ()
+    base = Point(0.0, held.dense.perplexity[text].perplexity, 0)
+    curves: dict[tuple[str, str], dict[float, Point]] = {}
+    taught = several([one for one in rivals if one.recipe != NONE], lambda one: one.recipe)
+    for one in sorted(rivals, key=lambda one: (one.in_steps, one.ratio)):
+        way = one.label.partition(" ")[2].strip("()") if one.in_steps else ONE_CUT
+        way += f", on {one.calibration}" if several(rivals, lambda o: o.calibration) else ""
+        for state, values in (("pruned", one.before(text)), (one.recipe if taught else "retrained", one.after(text))):
+            if values:
+                points = curves.setdefault((way, state), {})
+                points[one.ratio] = Point(one.removed, mean(values), len(points) + 1, None, spread(values))
+    return tuple(
+        Series(f"{way}, {state}", f"{way}, {state}", _CUT_COLOURS[place % len(_CUT_COLOURS)],
+               "pruned" if state == "pruned" else "retrained", False, (base, *points.values()))
+        for place, ((way, state), points) in enumerate(curves.items())
+    )  # fmt: skip
+
+
+_CUT_COLOURS = ("cool-1", "cool-2", "warm-1", "warm-3", "other-1", "other-2", "cool-3", "warm-2")
