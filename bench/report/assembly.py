@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from bench import findings, regimes
-from bench.report import hardware, holdings, paper_causes, paper_tables, series, trend
+from bench.report import hardware, holdings, paper_causes, paper_tables, series, trend, verdicts
 from bench.report.predictions import errors
 from bench.report.sources import Origin, combine, describe
-from bench.report.summaries import Grid, grid
+from bench.report.summaries import Grid, grid, setting_of
 from bench.report.tables import tables
 from bench.report.values import Report, Source
 from bench.report.wording import Commands
@@ -33,25 +35,34 @@ def build(
     Time and memory grow linearly with the rows.
     """
     origins = [*origins, *(Origin(run=r.path.name) for r in results[len(origins) :])]
+    judged = verdicts.judged(results)
+    keys = verdicts.keys(judged, results)
     sources: dict[str, Source] = {}
-    for run, origin in zip(results, origins, strict=True):
+    for place, (run, origin) in enumerate(zip(results, origins, strict=True)):
         for environment in run.environments.values():
-            sources.setdefault(environment.id, describe(environment, origin))
+            source = verdicts.named(describe(environment, origin), verdicts.side(judged, place))
+            sources.setdefault(keys[place][environment.id], source)
     rows = [row for run in results for row in run.measurements]
     environments = {key: one for run in results for key, one in run.environments.items()}
     measured = grid(
         rows,
-        [row for run in results for row in run.frontiers],
+        [
+            msgspec.structs.replace(row, environment=keys[place][row.environment])
+            for place, run in enumerate(results) for row in run.frontiers
+        ],
         sources,
         _perplexities(quality or {}),
         regimes.joined(rows, environments),
         errors(rows, environments, shapes or {}),
         shapes,
-    )
+        [keys[place][row.environment] for place, run in enumerate(results) for row in run.measurements],
+        verdicts.marks(judged, results, lambda place, row: setting_of(row, keys[place][row.environment])),
+    )  # fmt: skip
     first = origins[0]
     history = trend.histories(results)
     found = findings.findings(measured, Commands(first.suite or "SUITE.toml", first.run or "RUN"))
-    found = (*trend.findings(history, measured), *found)
+    told = verdicts.findings(judged, [origin.run for origin in origins])
+    found = (*told, *trend.findings(history, measured), *found)
     return Report(
         title=_title(measured, origins),
         source=combine(list(sources.values()), simulated=any(setting.simulated for setting in measured.groups)),
@@ -63,6 +74,7 @@ def build(
             *trend.charts(history, measured),
         ),
         tables=(
+            *verdicts.tables(judged, measured),
             *tables(measured),
             *paper_tables.tables(measured),
             *paper_causes.tables(measured),

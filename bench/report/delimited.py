@@ -68,16 +68,18 @@ def chart(value: Chart) -> str:
         "oom",
     ]
     none = (None, None)
+    judged = any(one.verdicts for panel in value.panels for one in panel.series)
     guides = (
         [panel.title, guide.label, "", "guide", None, x, y, *none, *none, None, value.x.title, value.y.title]
         for panel in value.panels for guide in panel.guides for x, y in guide.points
     )  # fmt: skip
     return _csv(
-        [*header, "x_meaning", "y_meaning"],
+        [*header, "x_meaning", "y_meaning", *(["verdict"] if judged else [])],
         chain((
             [panel.title, one.subject, one.runtime, _flag(one.simulated), point.batch, point.x, point.y,
-             *(point.x_interval or none), *(point.y_interval or none), one.oom, value.x.title, value.y.title]
-            for panel in value.panels for one in panel.series for point in one.points
+             *(point.x_interval or none), *(point.y_interval or none), one.oom, value.x.title, value.y.title,
+             *([dict(one.verdicts).get(place)] if judged else [])]
+            for panel in value.panels for one in panel.series for place, point in enumerate(one.points)
         ), guides),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from bench.report.values import Axis, Chart, Panel, Point, Series, Span
 from bench.timing import Estimate
 
 PANEL_LIMIT = 12
+_VERDICTS = "Marks around points of the later run are the gate's verdicts on its latency against the earlier."
 SERIES_LIMIT = 12
 
 
@@ -49,7 +50,7 @@ def latency_throughput(grid: Grid, style: Style) -> Chart | None:
         return Point(value_of(cell.call_s), value_of(cell.throughput), cell.cell.batch, ends(cell.call_s))
 
     return line_chart(
-        grid, style, point, name="latency-throughput", title="Latency against throughput",
+        grid, style, point, judged=True, name="latency-throughput", title="Latency against throughput",
         x=Axis(_latency_title(grid), "s"), y=Axis("Throughput (tokens/s)", "tokens/s"),
         reading="Up and to the left is better. Points of one batch size M lie on one dotted line. "
         "A cross ends a curve where the next batch ran out of memory.",
@@ -63,7 +64,7 @@ def latency_batch(grid: Grid, style: Style) -> Chart | None:
         return Point(cell.cell.batch, value_of(cell.call_s), cell.cell.batch, None, ends(cell.call_s))
 
     return line_chart(
-        grid, style, point, name="latency-batch", title="Latency against batch size",
+        grid, style, point, judged=True, name="latency-batch", title="Latency against batch size",
         x=Axis("Batch size", "integer", batches(grid)), y=Axis(_latency_title(grid), "s"),
         reading="Lower is better. Flat curves mean that a larger batch costs nothing yet. "
         "A cross ends a curve where the next batch ran out of memory.",
@@ -77,7 +78,7 @@ def throughput_batch(grid: Grid, style: Style) -> Chart | None:
         return Point(cell.cell.batch, value_of(cell.throughput), cell.cell.batch, None, ends(cell.throughput))
 
     return line_chart(
-        grid, style, point, name="throughput-batch", title="Throughput against batch size",
+        grid, style, point, judged=True, name="throughput-batch", title="Throughput against batch size",
         x=Axis("Batch size", "integer", batches(grid)), y=Axis("Throughput (tokens/s)", "tokens/s"),
         reading="Higher is better. Where a curve flattens, a larger batch only adds latency. "
         "A cross ends a curve where the next batch ran out of memory.",
@@ -154,11 +155,13 @@ def line_chart(
     x: Axis,
     y: Axis,
     reading: str,
+    judged: bool = False,
 ) -> Chart | None:
-    """One panel a setting, one series a subject."""
+    """One panel a setting, one series a subject; with `judged`, the verdicts of the gate on its points."""
     found: dict[Setting, tuple[Series, ...]] = {}
     for setting, groups in grid.groups.items():
         series = tuple(curve(group, style, point) for group in groups.values() if group.measured)
+        series = tuple(_judged(grid, setting, one) for one in series) if judged else series
         if series:
             found[setting] = series
     if sum(len(one.points) for series in found.values() for one in series) < 2:
@@ -168,6 +171,13 @@ def line_chart(
     return make(
         grid, panels, list(found), constant, name=name, title=title, form="lines", x=x, y=y, reading=reading
     )  # fmt: skip
+
+
+def _judged(grid: Grid, setting: Setting, one: Series) -> Series:
+    if not grid.verdicts:
+        return one
+    known = [(i, grid.verdicts.get((setting, one.subject, p.batch))) for i, p in enumerate(one.points)]
+    return msgspec.structs.replace(one, verdicts=tuple((i, verdict) for i, verdict in known if verdict))
 
 
 def make(
@@ -185,7 +195,7 @@ def make(
         y=y,
         panels=tuple(panels[:PANEL_LIMIT]),
         source=combine([grid.sources[e] for e in environments if e in grid.sources], simulated=simulated),
-        reading=reading,
+        reading=f"{reading} {_VERDICTS}" if any(one.verdicts for panel in panels for one in panel.series) else reading,
         alternative=_alternative(title, x, y, panels[:PANEL_LIMIT]),
         simulated=simulated,
         diagonals=name == "latency-throughput",
@@ -297,7 +307,11 @@ def _alternative(title: str, x: Axis, y: Axis, panels: Sequence[Panel]) -> str:
             words = (
                 f"{len(panel.series)} series; at batch {batch} from {low} ({lowest.label}) to {high} ({highest.label})"
             )
-        words = "; ".join([words, *(guide.label for guide in panel.guides if guide.label)])
+        judged = [
+            f"{one.label} at batch {one.points[place].batch:,} {verdict}"
+            for one in panel.series for place, verdict in one.verdicts if verdict in ("regressed", "improved")
+        ]  # fmt: skip
+        words = "; ".join([words, *(guide.label for guide in panel.guides if guide.label), *judged[:SERIES_LIMIT]])
         parts.append(f"{panel.title}: {words}" if panel.title else words)
     axes = f"{y.title} against {x.title.lower()}" if y.title else x.title
     return f"{title}. {axes}. {'. '.join(parts)}."

@@ -27,6 +27,7 @@ def split(settings: Collection[Setting], sources: Mapping[str, Source]) -> tuple
     if "runtime" not in differing:
         differing.insert(0, "runtime")
     several = len({setting.environment for setting in settings}) > 1
+    places = {_device(source) for s in settings if (source := sources.get(s.environment))}
     titles: dict[Setting, str] = {}
     for setting in settings:
         words = [word(setting, name) for name in differing if getattr(setting, name) != ""]
@@ -34,12 +35,23 @@ def split(settings: Collection[Setting], sources: Mapping[str, Source]) -> tuple
             words.insert(1, "simulated")
         if several:
             source = sources.get(setting.environment)
-            words.append(f"{source.device.partition(' · ')[0]}, {source.date}" if source else setting.environment)
+            words.append(_where(source, places) if source else setting.environment)
         titles[setting] = " · ".join(words)
     first = next(iter(settings), None)
     same = [name for name in _WORDS if name not in differing]
     constant = [word(first, name) for name in same if getattr(first, name) not in UNSAID] if first else []
     return titles, " · ".join(text for text in constant if text)
+
+
+def _device(source: Source) -> tuple[str, str]:
+    """Device and date, the latter where it is not what a side is named by."""
+    return source.device.partition(" · ")[0], "" if source.side == source.date else source.date
+
+
+def _where(source: Source, places: Collection[tuple[str, str]]) -> str:
+    """Say what tells environments apart: device and date, and of two runs on one of them the side, alone if it can."""
+    words = [", ".join(part for part in _device(source) if part)] if len(places) > 1 or not source.side else []
+    return " · ".join([*words, *([source.side] if source.side else [])])
 
 
 def word(setting: Setting, name: str) -> str:

@@ -101,7 +101,8 @@ class Grid(msgspec.Struct, frozen=True):
     """All that a report draws from. Settings are in order of first appearance, subjects as `ordered` puts them.
 
     `baseline`: the dense subject of each pruned one; `labels`: names short enough for a figure, unique;
-    `shapes`: of the subjects that are at hand.
+    `shapes`: of the subjects that are at hand; `verdicts`: of the gate, on the latency of cells of a judged run, by
+    setting, subject and batch.
     """
 
     sources: Mapping[str, Source]
@@ -114,6 +115,7 @@ class Grid(msgspec.Struct, frozen=True):
     perplexity: Mapping[str, Mapping[str, Perplexity]]
     predictions: tuple[Predicted, ...] = ()
     shapes: Mapping[str, ModelShape] = {}
+    verdicts: Mapping[tuple[Setting, str, int], str] = {}
 
     @property
     def dense(self) -> frozenset[str]:
@@ -129,14 +131,20 @@ def grid(
     limits: Sequence[Limits | None] = (),
     predictions: tuple[Predicted, ...] = (),
     shapes: Mapping[str, ModelShape] | None = None,
+    keys: Sequence[str] = (),
+    verdicts: Mapping[tuple[Setting, str, int], str] | None = None,
 ) -> Grid:
-    """Return the Grid of these rows; time and memory grow linearly with them. `limits` is parallel to the rows."""
+    """Return the Grid of these rows; time and memory grow linearly with them. `limits` is parallel to the rows.
+
+    So is `keys`: under which source a row stands where that is not its environment.
+    """
     names = dict.fromkeys([m.cell.subject for m in measurements] + [f.cell.subject for f in frontiers])
     parameters = {m.cell.subject: m.parameters for m in measurements if m.parameters is not None}
     baseline = baselines(tuple(names), parameters)
     subjects = ordered(tuple(names), baseline)
     known = limits or (None,) * len(measurements)
-    summaries = [summarise(row, limit) for row, limit in zip(measurements, known, strict=True)]
+    places = keys or [row.environment for row in measurements]
+    summaries = [summarise(*each) for each in zip(measurements, known, places, strict=True)]
     rows = in_order(with_speedups(summaries, baseline), subjects)
     return Grid(
         sources,
@@ -149,6 +157,7 @@ def grid(
         perplexity,
         predictions,
         shapes or {},
+        verdicts or {},
     )
 
 
@@ -169,19 +178,31 @@ def ordered(subjects: Sequence[str], baseline: Mapping[str, str]) -> tuple[str, 
 
 
 def in_order(rows: Sequence[Summary], subjects: Sequence[str]) -> tuple[Summary, ...]:
-    """Return the rows setting by setting as they first appear, subjects in their order, batch ascending."""
-    settings = {setting: place for place, setting in enumerate(dict.fromkeys(row.setting for row in rows))}
-    places = {subject: place for place, subject in enumerate(subjects)}
-    return tuple(sorted(rows, key=lambda r: (settings[r.setting], places[r.cell.subject], r.cell.batch)))
+    """Return the rows setting by setting as they first appear, subjects in their order, batch ascending.
+
+    Settings of two runs on one environment stand beside each other.
+    """
+    seen = {row.setting: row.row.environment for row in rows}
+    alike = [msgspec.structs.replace(setting, environment=name) for setting, name in seen.items()]
+    first = {family: place for place, family in reversed(list(enumerate(alike)))}
+    places = zip(seen, alike, range(len(seen)), strict=True)
+    settings = {setting: (first[family], place) for setting, family, place in places}
+    order = {subject: place for place, subject in enumerate(subjects)}
+    return tuple(sorted(rows, key=lambda r: (settings[r.setting], order[r.cell.subject], r.cell.batch)))
 
 
-def summarise(row: Measurement, limits: Limits | None = None) -> Summary:
-    """Return the statistics of one row, without a speed-up."""
-    cell, memory = row.cell, row.memory
-    setting = Setting(
-        row.environment, row.simulated, cell.runtime, cell.dtype, cell.attention, cell.prompt, cell.output, cell.budget,
-        row.timing,
+def setting_of(row: Measurement, key: str = "") -> Setting:
+    """Return the setting of a row; `key`: its source, where that is not its environment."""
+    cell = row.cell
+    return Setting(
+        key or row.environment, row.simulated, cell.runtime, cell.dtype, cell.attention, cell.prompt, cell.output,
+        cell.budget, row.timing,
     )  # fmt: skip
+
+
+def summarise(row: Measurement, limits: Limits | None = None, key: str = "") -> Summary:
+    """Return the statistics of one row, without a speed-up; `key` as in `setting_of`."""
+    memory, setting = row.memory, setting_of(row, key)
     peaks = (memory.allocated, memory.reserved, memory.device_used)
     peak = next((value for value in peaks if value is not None), None)
     if row.outcome not in MEASURED:

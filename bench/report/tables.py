@@ -274,7 +274,7 @@ def _constant(key: str, value: Value) -> str:
 
 def _context(grid: Grid, subject: str, setting: Setting) -> tuple[Value, ...]:
     source = grid.sources.get(setting.environment)
-    device = source.device if source else setting.environment
+    device = source.place if source else setting.environment
     line = source.line if source else setting.environment
     return (
         grid.labels[subject], subject, setting.runtime, setting.dtype, setting.attention, setting.budget,

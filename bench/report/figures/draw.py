@@ -12,7 +12,7 @@ import msgspec
 from bench.report.figures import forms, placement
 from bench.report.figures.canvas import Sheet, fitting, measure
 from bench.report.figures.placement import Box
-from bench.report.palette import marker
+from bench.report.palette import VERDICTS, marker
 from bench.report.values import Chart, Series, Span
 
 GAP = 30.0  # between panels
@@ -77,11 +77,12 @@ def _write_heading(sheet: Sheet, heading: Sequence[tuple[str, float, str, str]],
 
 
 class KeyItem(msgspec.Struct, frozen=True):
-    """One entry of the key: a subject or a part by colour, or a runtime by marker."""
+    """One entry of the key: a subject or a part by colour, or a runtime by marker; a verdict's mark is `hollow`."""
 
     label: str
     colour: str
     marker: str
+    hollow: bool = False
 
 
 def _key(chart: Chart, size: Size) -> list[list[KeyItem]]:
@@ -99,7 +100,16 @@ def _key(chart: Chart, size: Size) -> list[list[KeyItem]]:
         return _rows([KeyItem(part.label, part.colour, "") for part in parts], size)
     shown = [runtimes] if chart.form == "points" and len(kinds) > 1 else []
     shown += [subjects] if not size.gutter and chart.form != "spans" else []
+    shown += [_verdicts(chart)]
     return [row for items in shown for row in _rows(items, size)]
+
+
+def _verdicts(chart: Chart) -> list[KeyItem]:
+    """What the marks around points say: verdicts, and the new levels of a history."""
+    series = [one for panel in chart.panels for one in panel.series]
+    seen = {verdict for one in series for _, verdict in one.verdicts}
+    found = [KeyItem(verdict, "ink", mark, hollow=True) for verdict, mark in VERDICTS.items() if verdict in seen]
+    return [*found, *([KeyItem("a new level", "muted", "o", hollow=True)] if any(s.changes for s in series) else [])]
 
 
 def _rows(items: Sequence[KeyItem], size: Size) -> list[list[KeyItem]]:
@@ -116,6 +126,7 @@ def _write_key(sheet: Sheet, key: Sequence[Sequence[KeyItem]], y: float, size: S
             if not item.marker:
                 sheet.line([x, x + 18], [middle, middle], item.colour, linewidth=3, solid_capstyle="round")
             else:
-                sheet.line([x + 9], [middle], item.colour, marker=item.marker, markersize=7, linestyle="none")
+                face = {"markerfacecolor": "none", "markersize": 11} if item.hollow else {"markersize": 7}
+                sheet.line([x + 9], [middle], item.colour, marker=item.marker, linestyle="none", **face)
             x = sheet.text(x + 25, y + 4, item.label, size=size.font) + 14
     return y - (8 if key else 0)
