@@ -159,6 +159,7 @@ class Chart(msgspec.Struct, frozen=True):
     """One figure. `form` picks the drawing; `reading` tells how to read it; `alternative` replaces it for the blind.
 
     `diagonals`: points of equal batch lie on one line of slope -1 (throughput x latency = tokens), drawn and labelled.
+    `ring`: what the rings of `Series.changes` say.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Chart(msgspec.Struct, frozen=True):
     diagonals: bool = False
     left_out: str = ""
     constant: str = ""
+    ring: str = "a new level"
 
 
 class Finding(msgspec.Struct, frozen=True):

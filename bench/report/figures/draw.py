@@ -109,7 +109,7 @@ def _verdicts(chart: Chart) -> list[KeyItem]:
     series = [one for panel in chart.panels for one in panel.series]
     seen = {verdict for one in series for _, verdict in one.verdicts}
     found = [KeyItem(verdict, "ink", mark, hollow=True) for verdict, mark in VERDICTS.items() if verdict in seen]
-    return [*found, *([KeyItem("a new level", "muted", "o", hollow=True)] if any(s.changes for s in series) else [])]
+    return [*found, *([KeyItem(chart.ring, "muted", "o", hollow=True)] if any(s.changes for s in series) else [])]
 
 
 def _rows(items: Sequence[KeyItem], size: Size) -> list[list[KeyItem]]:

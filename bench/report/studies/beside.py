@@ -31,7 +31,7 @@ Pairs: TypeAlias = list[tuple[Any, Outcome | None]]  # a row of the paper or Non
 
 
 class Order(msgspec.Struct, frozen=True):
-    """Of `pairs` of rows that both have at one of the paper's levels ("at 20%"), how many agree in order by `what`."""
+    """Of `pairs` of rows that both have at one of the paper's levels ("at 20 %"), how many agree in order by `what`."""
 
     table: str
     level: str
@@ -44,7 +44,7 @@ class Order(msgspec.Struct, frozen=True):
         """In words."""
         are = "is" if self.same == 1 else "are"
         pairs = wording.plural(self.pairs, "pair")
-        return f"{self.same} of {pairs} {are} in the paper's order by {self.what} {self.level}"
+        return f"{self.same} of {pairs} {are} in the paper's order {self.level}, by {self.what}"
 
 
 class Beside(msgspec.Struct, frozen=True):
@@ -58,7 +58,7 @@ class Beside(msgspec.Struct, frozen=True):
     pairs: Pairs
     tasks: tuple[str, ...] = ()
     dense: tuple[Any, Held] | None = None
-    level: Callable[[Any], str] = lambda row: f"at {row.pruned}"
+    level: Callable[[Any], str] = lambda row: f"at {quantities.share(share(row.pruned))}"
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
@@ -76,7 +76,8 @@ def zero_shot(held: Held) -> Beside:
     return Beside(
         "paper-zero-shot", "Zero-shot results beside the paper's Tables 3 and 10", "10", columns,
         lambda row, one: (row and share(row.pruned), row.method if row else one and one.label),
-        pair(cut, usual(held), far), _SEVEN, next(((row, held) for row in rows if row.method == "dense"), None),
+        pair(cut, [one for one in usual(held) if one.label == one.first.method], far), _SEVEN,
+        next(((row, held) for row in rows if row.method == "dense"), None),
     )  # fmt: skip
 
 
@@ -245,9 +246,8 @@ def table(one: Beside, held: Held) -> Table:
         values = _numbers(ours, held, one.tasks)
         rows.append((*told, *_interleaved(values, row, held, papers, one.tasks)))
     never = [task for task in one.tasks if task not in held.tasks]
-    caption = " ".join(
-        [explanation(held), *_missing(never, one, held), *(f"{order.text}." for order in in_order(one, held))]
-    )
+    told = explanation(held) if one.tasks else _briefly(held)
+    caption = " ".join([told, *_missing(never, one), *(f"{order.text}." for order in in_order(one, held))])
     return Table(one.name, one.title, columns, tuple(rows), held.line, caption=caption)
 
 
@@ -302,12 +302,22 @@ def explanation(held: Held) -> str:
     return f"{first} {theirs}{f' Perplexity here: {protocol}.' if protocol else ''}"
 
 
-def _missing(never: Sequence[str], one: Beside, held: Held) -> list[str]:
-    if not one.tasks or not never:
-        return []
-    if len(never) == len(one.tasks):
-        return ["None of the paper's seven tasks was evaluated here."]
-    return [f"Not evaluated here: {wording.join(never, 8)}, and so no average."]
+def _briefly(held: Held) -> str:
+    """The same in a sentence, for the tables after the first."""
+    if is_papers(held):
+        return "The model is the paper's; stack, protocol and texts are not."
+    name, size = quantities.inert(held.model), quantities.count(held.parameters)
+    return f"The models differ ({name}, {size} parameters; the paper's LLaMA-7B): only orders compare, not numbers."
+
+
+def _missing(never: Sequence[str], one: Beside) -> list[str]:
+    gone = [row.method for row, _ in one.pairs if isinstance(row, paper.Calibration) and row.wikitext2_ppl is None]
+    said = [f"Missing of the paper: {wording.join(gone)} ran out of memory there."] if gone else []
+    if one.tasks and len(never) == len(one.tasks):
+        said.append("None of the paper's seven tasks was evaluated here.")
+    elif never:
+        said.append(f"Not evaluated here: {wording.join(never, 8)}, and so no average.")
+    return said
 
 
 # -- order -------------------------------------------------------------------------------------------------------------

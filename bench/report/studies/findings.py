@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from bench.report import quantities, wording
 from bench.report.studies import beside
 from bench.report.studies.held import Held
-from bench.report.studies.outcomes import Outcome, comparable, final, mean, named, outcomes, recipes, spread
+from bench.report.studies.outcomes import Outcome, average, comparable, final, mean, named, outcomes, recipes, spread
 from bench.report.values import Finding
 from shortllama import methods
 from shortllama.evaluation.results import Accuracy
@@ -49,14 +49,16 @@ def _best(held: Held, text: str, ratio: float, ranked: Sequence[Outcome]) -> Fin
     values += f", {_value(worst, text)} of {named(worst, ranked)} last" if len(ranked) > 2 else ""
     values += f"; dense {quantities.significant(base)}" if base else ""
     apart = _apart(first, second, text)
-    verb = "keeps most" if apart else "is ahead by less than seeds differ"
+    seeds = len(first.rows) > 1 or len(second.rows) > 1
+    verb = "keeps most" if apart else "is ahead by less than seeds differ" if seeds else "is level with the next"
     name = named(first, ranked)
     headline = f"At {quantities.share(ratio)}, {name} {verb} {after}: perplexity {values}."
     cause = f"{name} removed {_removed(first)} of the parameters, {named(second, ranked)} {_removed(second)}; "
     cause += f"{_seeds(ranked)}."
-    brief = f"At {quantities.share(ratio)} {name} is best {after}: perplexity {_value(first, text)}"
+    brief = f"At {quantities.share(ratio)} {name} {'is best' if apart else verb} {after}: perplexity "
+    brief += quantities.significant(mean(first.result(text)))
     brief += f" where the dense model has {quantities.significant(base)}." if base else "."
-    return Finding("best", headline, cause, _prune(first.first), "perplexity-retraining", brief)
+    return Finding("best", headline, cause, _prune(first.first) or _again(held), "perplexity-retraining", brief)
 
 
 def _value(one: Outcome, text: str) -> str:
@@ -103,18 +105,14 @@ def won_back(held: Held) -> list[Finding]:
 def _won_back(held: Held, text: str, ranked: Sequence[Outcome]) -> Finding:
     most, least = ranked[0], ranked[-1]
     shares = [quantities.share(mean(one.closed(text, held.dense))) for one in (most, least)]
-    how = f"{most.recipe} closed {shares[0]} of the gap in perplexity on {text} for {_told(most, ranked)}"
+    how = f"{most.recipe} closed {shares[0]} of the gap in perplexity on {text} for {named(most, ranked)}"
     numbers = f"{quantities.significant(mean(most.before(text)))} to {quantities.significant(mean(most.after(text)))}"
     headline = f"At {quantities.share(most.ratio)} removed, {how} ({numbers})"
-    headline += f", and {shares[1]} for {_told(least, ranked)}." if least is not most else "."
+    headline += f", and {shares[1]} for {named(least, ranked)}." if least is not most else "."
     return Finding(
-        "won-back", headline, _spent(ranked), _longer(held, most.first), "perplexity-retraining",
+        "won-back", headline, _spent(ranked), _longer(held, most.first) or _again(held), "perplexity-retraining",
         f"{most.recipe} closed up to {shares[0]} of the gap at {quantities.share(most.ratio)} removed.",
     )  # fmt: skip
-
-
-def _told(one: Outcome, among: Sequence[Outcome]) -> str:
-    return named(one, among)
 
 
 def _spent(ranked: Sequence[Outcome]) -> str:
@@ -174,19 +172,23 @@ def _cuts(held: Held, text: str, once: Outcome, several: Outcome) -> Finding:
 
 def paper_order(held: Held) -> list[Finding]:
     """How often the study ranks two rows of a table as the paper does."""
-    found: list[Finding] = []
-    tables: dict[str, list[beside.Order]] = {}
+    by: dict[str, dict[str, list[beside.Order]]] = {}
     for order in beside.orders(held):
-        tables.setdefault(order.table, []).append(order)
-    same_model = beside.is_papers(held)
-    for number, members in tables.items():
-        told = wording.join([order.text for order in members])
-        cause = "" if same_model else (
-            f"{quantities.inert(held.model)} is not LLaMA-7B: an order that differs says nothing against either."
-        )  # fmt: skip
-        headline = f"Beside the paper's Table {number}, {told}."
-        found.append(Finding("paper-order", headline, cause, _again(held), ""))
-    return found
+        by.setdefault(order.what, {}).setdefault(order.table, []).append(order)
+    return [_paper_order(held, what, tables) for what, tables in by.items()]
+
+
+def _paper_order(held: Held, what: str, tables: dict[str, list[beside.Order]]) -> Finding:
+    counts = {
+        number: (sum(one.same for one in orders), sum(one.pairs for one in orders)) for number, orders in tables.items()
+    }
+    told = wording.join([f"{same} of {pairs} in Table {number}" for number, (same, pairs) in counts.items()])
+    headline = f"By {what}, pairs of rows stand in the paper's order: {told}."
+    cause = "A pair is two rows of one level of the paper that both have."
+    if not beside.is_papers(held):
+        name = quantities.inert(held.model)
+        cause += f" {name} is not LLaMA-7B: where the order differs, neither is wrong for it."
+    return Finding("paper-order", headline, cause, _again(held))
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -201,12 +203,16 @@ def choosing(held: Held) -> list[Finding]:
     if not writes or not picks:
         return []
     dull = [name for name, one in known.items() if not _says_something(name, one)]
-    if len([n for n in writes if n not in dull]) == 0 or len([n for n in picks if n not in dull]) == 0:
+    if set(writes) <= set(dull) or set(picks) <= set(dull):
         told = ", ".join(f"{name} {quantities.accuracy(known[name].value)}" for name in dull)
         headline = f"Whether generating falls before choosing cannot be told: the dense model guesses ({told})."
         cause = f"Within {_CERTAIN:g} standard errors of guessing there is nothing that pruning could take away."
-        return [Finding("choosing", headline, cause, _again(held), "")]
-    return [f for one in final(outcomes(held)) if (f := _choosing(held, one, list(picks), list(writes), dull))][:2]
+        command = shlex.join(["shortllama", "eval", held.model, "--tasks", ",".join(known)])
+        return [Finding("choosing", headline, cause, command)]
+    useful = [[name for name in names if name not in dull] for names in (picks, writes)]
+    lost = [(one, *(_lost(held, one, names) for names in useful)) for one in final(outcomes(held))]
+    known_of = [(one, a, b) for one, a, b in lost if a is not None and b is not None]
+    return [_choosing(held, known_of, useful, dull)] if known_of else []
 
 
 def _says_something(name: str, one: Accuracy) -> bool:
@@ -215,26 +221,26 @@ def _says_something(name: str, one: Accuracy) -> bool:
     return one.value - guess > _CERTAIN * (one.standard_error or 0.0)
 
 
-def _choosing(
-    held: Held, one: Outcome, picks: Sequence[str], writes: Sequence[str], dull: Sequence[str]
-) -> Finding | None:
-    def lost(names: Sequence[str]) -> float | None:
-        useful = [name for name in names if name not in dull]
-        had = mean(_dense(held, name) for name in useful)
-        now = [one.accuracy(name) for name in useful]
-        return None if None in now else 1 - mean(value for value in now if value is not None) / had
+def _lost(held: Held, one: Outcome, names: Sequence[str]) -> float | None:
+    """Return the share of the dense model's accuracy that is gone, None where a task was not evaluated."""
+    now = average([one.accuracy(name) for name in names])
+    return None if now is None else 1 - now / mean(_dense(held, name) for name in names)
 
-    chosen, written = lost(picks), lost(writes)
-    if chosen is None or written is None:
-        return None
-    falls = "more" if written > chosen else "no more"
-    after = "" if one.recipe == NONE else f" after {one.recipe}"
+
+def _choosing(
+    held: Held, lost: Sequence[tuple[Outcome, float, float]], useful: Sequence[Sequence[str]], dull: Sequence[str]
+) -> Finding:
+    more = sum(written > chosen for _, chosen, written in lost)
+    one, chosen, written = max(lost, key=lambda item: item[2] - item[1])
+    every = [other for other, _, _ in lost]
     headline = (
-        f"{one.label} at {quantities.share(one.ratio)}{after} lost {quantities.share(written)} of the accuracy in "
-        f"generating ({wording.join(writes)}) and {quantities.share(chosen)} in choosing: {falls}."
+        f"Generating ({wording.join(useful[1])}) fell more than choosing ({wording.join(useful[0])}) in {more} of "
+        f"{wording.plural(len(lost), 'way')} to prune; {named(one, every)} at {quantities.share(one.ratio)} lost "
+        f"{quantities.share(written)} and {quantities.share(chosen)} of the dense model's accuracy."
     )
-    cause = f"Left out, because the dense model guesses: {wording.join(dull)}." if dull else ""
-    return Finding("choosing", headline, cause, _again(held), "")
+    cause = "Choices are told apart by what is left of a ranking; a word to write has to be the likeliest of all."
+    cause += f" Left out, because the dense model guesses: {wording.join(dull)}." if dull else ""
+    return Finding("choosing", headline, cause, _again(held))
 
 
 def _dense(held: Held, name: str) -> float:

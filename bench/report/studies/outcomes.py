@@ -129,7 +129,9 @@ def named(one: Outcome, among: Sequence[Outcome]) -> str:
     """Return a name for an outcome that tells it from others of the same ratio."""
     rivals = [other for other in among if other.ratio == one.ratio]
     said = [one.label]
-    said += [f"on {one.calibration}"] if one.calibration and _differs(one, rivals, lambda o: o.calibration) else []
+    said += (
+        [f"scored on {one.calibration}"] if one.calibration and _differs(one, rivals, lambda o: o.calibration) else []
+    )
     said += [_recipe(one)] if _differs(one, rivals, lambda o: o.recipe) else []
     return ", ".join(said)
 

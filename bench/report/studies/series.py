@@ -19,7 +19,6 @@ from shortllama.studies.rows import Row
 from shortllama.study import NONE
 
 LOST, BACK, WORSE = ("lost", "warm-1"), ("won back by retraining", "cool-2"), ("lost by retraining", "warm-3")
-ONE_CUT = "one cut"
 _LEAST_NATS = 1e-4  # below it nothing was lost that a bar could show
 
 
@@ -35,12 +34,13 @@ def charts(held: Held) -> tuple[Chart, ...]:
 class Importance(msgspec.Struct, frozen=True):
     """One list of scores, one a block, higher = keep: of blocks, or of the attention or the FFNs alone.
 
-    `name` tells it from the others of its method; `gone`: by ratio, the blocks (from 0) that a plan took it from;
-    `zero`: the score of something that does not matter at all.
+    `name` tells it from all others, `short` from the others of its method; `gone`: by ratio, the blocks (from 0) that a
+    plan took it from; `zero`: the score of something that does not matter at all.
     """
 
     label: str
     name: str
+    short: str
     values: tuple[float | None, ...]
     gone: Mapping[float, frozenset[int]]
     zero: float = 0.0
@@ -51,35 +51,37 @@ def importances(held: Held) -> tuple[Importance, ...]:
 
     Scores between steps are those of models that were pruned already, and are left out.
     """
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in held.rows:
-        scores = held.scores.get(row.pruned)
-        if scores is not None and "between" not in row.costs and not row.iterative:
-            found.setdefault((row.label, _drawn(row)), []).append(row)
-    labels = [label for label, _ in found]
-    lists: list[Importance] = []
-    for (label, drawn), members in found.items():
-        told = f"{label}, {drawn}" if drawn and labels.count(label) > 1 else label
-        lists += _lists(label, told, members, held)
-    return tuple(lists)
+        if row.pruned in held.scores and "between" not in row.costs and not row.iterative:
+            found.setdefault(row.label, {}).setdefault(_drawn(row), []).append(row)
+    return tuple(
+        one for label, draws in found.items() for drawn, members in draws.items()
+        for one in _lists(label, _told(drawn, list(draws)), members, held)
+    )  # fmt: skip
 
 
-def _drawn(row: Row) -> str:
-    text = "" if row.calibration is None else f"on {row.calibration.label}"
-    return " ".join(part for part in (text, f"seed {row.seed}" if row.seed is not None else "") if part)
+def _drawn(row: Row) -> tuple[str, str]:
+    return "" if row.calibration is None else row.calibration.label, "" if row.seed is None else f"seed {row.seed}"
+
+
+def _told(drawn: tuple[str, str], among: Sequence[tuple[str, str]]) -> str:
+    """Say of a draw what differs among its method's."""
+    return ", ".join(one for place, one in enumerate(drawn) if one and len({other[place] for other in among}) > 1)
 
 
 def _lists(label: str, told: str, members: Sequence[Row], held: Held) -> list[Importance]:
     scores = held.scores[members[0].pruned]
     known = {row.ratio: held.plans[row.pruned] for row in members if row.pruned in held.plans}
     parts = {"": scores.blocks, "attention": scores.attention, "FFN": scores.mlp}
-    return [
-        Importance(
-            label, f"{told}: {part}" if part else told, tuple(values),
-            {ratio: _gone(plan, part, len(values)) for ratio, plan in sorted(known.items())}, _zero(scores, values),
-        )
-        for part, values in parts.items() if values is not None and _wanted(scores, part)
-    ]  # fmt: skip
+    found: list[Importance] = []
+    for part, values in parts.items():
+        if values is not None and _wanted(scores, part):
+            short = ", ".join(one for one in (part, told) if one)
+            gone = {ratio: _gone(plan, part, len(values)) for ratio, plan in sorted(known.items())}
+            name = f"{label}: {short}" if short else label
+            found.append(Importance(label, name, short or label, tuple(values), gone, _zero(scores, values)))
+    return found
 
 
 def _wanted(scores: Scores, part: str) -> bool:
@@ -127,10 +129,10 @@ def block_importance(held: Held) -> Chart | None:
         x=Axis("Block", "integer", linear=True), y=Axis("From the least to the most important", "share", linear=True),
         panels=tuple(drawn[:PANEL_LIMIT]), source=held.line,
         reading="Each criterion on a logarithmic scale from its least important block to its most important one; a "
-        "perplexity counts by its rise above the dense model's. Rings mark what the smallest ratio removed. The "
-        "table has the scores.",
+        "perplexity counts by its rise above the dense model's. The table has the "
+        "scores.",
         alternative=f"Importance of each block, by criterion. {'. '.join(words)}.",
-        left_out=_left_out(len(drawn), max(map(len, panels.values()))),
+        left_out=_left_out(len(drawn), max(map(len, panels.values()))), ring="removed",
     )  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def _importance(one: Importance, colour: str) -> Series:
     gone = next(iter(one.gone.values()), frozenset[int]())
     points = tuple(Point(place + 1, height, place) for place, height in zip(places, heights, strict=True))
     marked = tuple(index for index, place in enumerate(places) if place in gone)
-    return Series(one.name, one.name, colour, "", False, points, changes=marked)
+    return Series(one.name, one.short, colour, "", False, points, changes=marked)
 
 
 def scaled(values: Sequence[float]) -> list[float]:
@@ -249,15 +251,17 @@ def cuts(held: Held) -> Chart | None:
     """Perplexity over what was removed, in one cut and in several, before and after the last retraining."""
     found = outcomes(held)
     panels: list[Panel] = []
+    alike = dict.fromkeys((one.first.method, one.first.unit, one.calibration) for one in found if one.in_steps)
     for text in held.texts:
-        for method in dict.fromkeys(one.first.method for one in found if one.in_steps):
-            for unit in dict.fromkeys(one.first.unit for one in found if one.in_steps and one.first.method == method):
-                rivals = [one for one in found if (one.first.method, one.first.unit) == (method, unit)]
-                rivals = [one for one in rivals if one.in_steps or one.is_plain]
-                series = _cut_series([one for one in rivals if _measured(one, text, held)], text, held)
-                if any(one.subject.startswith(ONE_CUT) for one in series) and len(series) > 1:
-                    title = f"{method}{' (modules)' if unit == 'module' else ''}, on {text}"
-                    panels.append(Panel(title, series[:SERIES_LIMIT]))
+        for method, unit, calibration in alike:
+            key = (method, unit, calibration)
+            rivals = [one for one in found if (one.first.method, one.first.unit, one.calibration) == key]
+            rivals = [one for one in rivals if (one.in_steps or one.is_plain) and _measured(one, text, held)]
+            series = _cut_series(rivals, text, held)
+            if {one.in_steps for one in rivals} == {True, False}:
+                said = [f"{method}{' (modules)' if unit == 'module' else ''}"]
+                said += [f"scored on {calibration}"] if len(alike) > 1 and calibration else []
+                panels.append(Panel(", ".join([*said, f"on {text}"]), series[:SERIES_LIMIT]))
     if not panels:
         return None
     words = [f"{p.title}: {'; '.join(f'{s.label} {_range(s)}' for s in p.series)}" for p in panels[:PANEL_LIMIT]]
@@ -284,8 +288,7 @@ def _cut_series(rivals: Sequence[Outcome], text: str, held: Held) -> tuple[Serie
     curves: dict[tuple[str, str], dict[float, Point]] = {}
     taught = several([one for one in rivals if one.recipe != NONE], lambda one: one.recipe)
     for one in sorted(rivals, key=lambda one: (one.in_steps, one.ratio)):
-        way = one.label.partition(" ")[2].strip("()") if one.in_steps else ONE_CUT
-        way += f", on {one.calibration}" if several(rivals, lambda o: o.calibration) else ""
+        way = _way(one, rivals) if one.in_steps else "one cut"
         for state, values in (("pruned", one.before(text)), (one.recipe if taught else "retrained", one.after(text))):
             if values:
                 points = curves.setdefault((way, state), {})
@@ -295,6 +298,13 @@ def _cut_series(rivals: Sequence[Outcome], text: str, held: Held) -> tuple[Serie
                "pruned" if state == "pruned" else "retrained", False, (base, *points.values()))
         for place, ((way, state), points) in enumerate(curves.items())
     )  # fmt: skip
+
+
+def _way(one: Outcome, rivals: Sequence[Outcome]) -> str:
+    """Name a way of several cuts: by their number, where no two ways have the same."""
+    number = f"in {one.first.steps} steps" if one.first.steps else "block by block"
+    same = {other.label for other in rivals if other.in_steps and other.first.steps == one.first.steps}
+    return number if len(same) == 1 else one.label.partition(" ")[2].strip("()")
 
 
 _CUT_COLOURS = ("cool-1", "cool-2", "warm-1", "warm-3", "other-1", "other-2", "cool-3", "warm-2")

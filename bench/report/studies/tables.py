@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from bench.report import quantities
 from bench.report.studies.held import Held, subject
-from bench.report.studies.outcomes import mean, outcomes, seven, spread
+from bench.report.studies.outcomes import final, mean, outcomes, seven, spread
 from bench.report.studies.series import Importance, importances
 from bench.report.values import Column, Table, Value
 from shortllama.evaluation.results import Quality
@@ -35,7 +35,7 @@ def perplexities(held: Held) -> Table | None:
     rows: list[tuple[Value, ...]] = []
     for text in held.texts:
         base = None if held.dense is None else held.dense.perplexity.get(text)
-        for one in outcomes(held):
+        for one in final(outcomes(held)):
             before, after, shares = one.before(text), one.after(text), one.closed(text, held.dense)
             if before:
                 digests = dict.fromkeys(row.before.perplexity[text].digest for row in one.rows
@@ -108,7 +108,7 @@ def costs(held: Held) -> Table | None:
         ),
     )  # fmt: skip
     rows: list[tuple[Value, ...]] = []
-    for one in outcomes(held):
+    for one in final(outcomes(held)):
         spent: list[Value] = []
         for part in parts:
             known = [row.costs[part] for row in one.rows if part in row.costs]
