@@ -6,12 +6,13 @@ ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Zero-shot tasks run through a harness that brings many packages: tests need it, a report does not.
+# Zero-shot tasks run through a harness that brings many packages, quantised weights are torchao's: tests need both, a
+# report does not.
 HARNESS := $(VENV)/.installed-eval
 # The oldest supported transformers cannot share an environment with the newest: they need different hub clients.
 OLDEST := $(ROOT)/.venv-oldest
 OLDEST_TESTS := test_shape test_configs test_surgery test_families test_checkpoint test_verification test_runtimes \
-	test_criteria test_perplexity
+	test_criteria test_perplexity test_quantisation
 # Test files run side by side; each process has one compute thread.
 WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
@@ -38,7 +39,7 @@ test: $(HARNESS)
 	cd $(ROOT) && $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 $(HARNESS): $(STAMP)
-	cd $(ROOT) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	cd $(ROOT) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,quant]'
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
@@ -47,7 +48,7 @@ test-oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: $(ROOT)/pyproject.toml $(ROOT)/constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	cd $(ROOT) && $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist hypothesis gguf
+		-c constraints-oldest.txt -e '.[quant]' pytest pytest-timeout pytest-xdist hypothesis gguf
 	touch $@
 
 lint: setup

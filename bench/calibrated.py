@@ -54,6 +54,7 @@ def shapes(rows: Iterable[Measurement], *, hub: bool = False) -> dict[str, Model
 
 
 def _is_here(name: str) -> bool:
+    name, _ = sources.split(name)
     places = [part for part in (name, name.rpartition("/")[0]) if part]
     return any(one == sources.REFERENCE or catalogue.knows(one) or Path(one).expanduser().exists() for one in places)
 

@@ -26,6 +26,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 # What a measuring child needs. Importing these runs no operation and starts no thread, so forking afterwards is safe.
 TORCH_MODULES = (
+    "shortllama.quiet",
     "torch",
     "torch._dynamo",
     "transformers.generation",

@@ -60,7 +60,9 @@ def observed(rows: Iterable[Measurement], shapes: Mapping[str, ModelShape]) -> t
     found: dict[Cell, list[float]] = {}
     for row in rows:
         call = timing.latency(row) if row.outcome == "ok" and not row.simulated else None
-        if call is not None and row.cell.subject in shapes:
+        shape = shapes.get(row.cell.subject)
+        # Of quantised weights fewer bytes are read, and more work is done on them: other factors than a dtype's.
+        if call is not None and shape is not None and not shape.quantised:
             found.setdefault(row.cell, []).append(call.value)
     return tuple(Observed(shapes[cell.subject], cell, median(calls)) for cell, calls in found.items())
 

@@ -31,7 +31,10 @@ PAPER_FIXED_BYTES = round(0.1 * (1 << 30))
 
 
 class _State(msgspec.Struct, frozen=True):
-    """Bytes that depend on shape and dtype alone; `wide` and `stream` are per token, `logits` per sequence."""
+    """Bytes that depend on shape and dtype alone; `wide` and `stream` are per token, `logits` per sequence.
+
+    `widened`: an int8 matrix is converted whole to be multiplied by, the largest decides; int4 kernels do without.
+    """
 
     weights: int
     kv_token: int
@@ -39,6 +42,7 @@ class _State(msgspec.Struct, frozen=True):
     wide: int
     stream: int
     logits: int
+    widened: int
 
 
 @lru_cache(maxsize=1024)
@@ -52,7 +56,12 @@ def _state(shape: ModelShape, dtype: str) -> _State:
         wide=max((_wide(shape, block, item) for block in shape.blocks), default=0) * item,
         stream=2 * shape.hidden * item,
         logits=shape.vocabulary * item,
+        widened=_largest_matrix(shape) * item if shape.quantised == "int8" else 0,
     )
+
+
+def _largest_matrix(shape: ModelShape) -> int:
+    return max((one.rows * one.columns for b in set(shape.blocks) for one in shape.matrices(b).values()), default=0)
 
 
 def _wide(shape: ModelShape, block: BlockShape, item: int) -> int:
@@ -76,7 +85,7 @@ def transient_bytes(shape: ModelShape, dtype: str, batch: int, tokens: int) -> i
     The larger of the widest block, and the pass's end: two copies of the stream and the last position's logits.
     """
     state = _state(shape, dtype)
-    return batch * max(tokens * state.wide, tokens * state.stream + state.logits)
+    return max(batch * tokens * state.wide + state.widened, batch * (tokens * state.stream + state.logits))
 
 
 def predict(
@@ -90,7 +99,7 @@ def predict(
     prefill = transient_bytes(shape, dtype, batch, prompt)
     if runtime_rows.ROWS[runtime].cache == "static":
         return state.weights + full + prefill
-    step = max(full // (2 * state.blocks), batch * (state.stream + state.logits))
+    step = max(full // (2 * state.blocks), batch * (state.stream + state.logits), state.widened)
     return state.weights + max(batch * prompt * state.kv_token + prefill, full + step)
 
 

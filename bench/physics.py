@@ -15,7 +15,7 @@ from bench import runtime_rows
 from bench.cells import Cell
 from bench.devices import Device
 from bench.measurement import Bounds
-from shortllama.shape import ModelShape
+from shortllama.shape import ModelShape, item_bytes
 
 LAUNCH_BOUND_SHARE = 0.25  # above this share of a step, launching kernels is what limits it
 
@@ -101,13 +101,24 @@ def moved_bytes(shape: ModelShape, cell: Cell, context: int) -> int:
     """Return the bytes that the cell's runtime moves in a step with `context` tokens cached before it.
 
     A static cache is read in all its prompt + output - 1 slots; a dynamic one is read and written once more when it
-    is concatenated. Activations are not counted.
+    is concatenated. An int8 matrix is converted, written and read again, unless it is compiled into the product.
+    Activations are not counted.
     """
     cost = costs(shape, cell.dtype)
     token = cell.batch * cost.kv_token
+    weights = cost.weights + (_converted_bytes(shape, cell.dtype) if cell.runtime != "compile" else 0)
     if runtime_rows.ROWS[cell.runtime].cache == "static":
-        return cost.weights + (cell.prompt + cell.output) * token  # every slot read, one written
-    return cost.weights + (context + 1) * token + (2 * context + 1) * token
+        return weights + (cell.prompt + cell.output) * token  # every slot read, one written
+    return weights + (context + 1) * token + (2 * context + 1) * token
+
+
+@lru_cache(maxsize=1024)
+def _converted_bytes(shape: ModelShape, dtype: str) -> int:
+    """Return the bytes that converting int8 matrices to `dtype` writes and reads again; 0 for other weights."""
+    if shape.quantised != "int8":
+        return 0
+    values = sum(one.rows * one.columns for block in shape.blocks for one in shape.matrices(block).values())
+    return 2 * values * item_bytes(dtype)
 
 
 def bounds(shape: ModelShape, cell: Cell, device: Device | None = None, median_s: float | None = None) -> Bounds:

@@ -64,8 +64,8 @@ _DECODER: msgspec.json.Decoder[Step | Refused | Done] = msgspec.json.Decoder(Ste
 
 
 def folder_of(run: Path, subject: Subject) -> Path:
-    """Return where the weights of a subject that must be pruned first are written in a run."""
-    base, _, plan = subject.name.rpartition("/")
+    """Return where the weights of a subject that must be pruned first are written in a run, quantised or not."""
+    base, _, plan = sources.split(subject.name)[0].rpartition("/")
     name = f"{Path(base).name}__{plan}".replace(":", "=").replace(" ", "-")
     if base != Path(base).name:  # two folders may have the same name
         name += f"__{hashlib.sha256(base.encode()).hexdigest()[:8]}"
@@ -83,7 +83,7 @@ def prepare(plan: Schedule, texts: tuple[str, ...], run: Path, *, seed: int, thr
     weighty = tuple(one for one in ready.values() if one.folder)
     evaluated = () if not texts or _has_quality(run / QUALITY, weighty, texts) else weighty
     if to_prune or evaluated:
-        pruned = tuple((one, str(folder_of(run, one))) for one in to_prune)
+        pruned = tuple((one, folder) for folder, one in {str(folder_of(run, one)): one for one in to_prune}.items())
         task = Task(pruned, evaluated, texts, str(run / QUALITY), seed, threads)
         _supervise(task, environment.child_variables(threads), report)
     return Schedule(
@@ -92,9 +92,12 @@ def prepare(plan: Schedule, texts: tuple[str, ...], run: Path, *, seed: int, thr
 
 
 def check_weights(plan: Schedule) -> None:
-    """Raise InputError for a subject whose weights are missing, cut off or of another shape; reads headers only."""
-    from shortllama import checkpoint
+    """Raise InputError for a subject whose weights are missing, cut off or of another shape (headers alone are read),
+    and for quantised ones that are to be measured where torchao is missing."""
+    from shortllama import checkpoint, quantisation
 
+    if any(g.subject.shape.quantised and g.key.runtime not in runtimes.SIMULATED for g in plan.groups):
+        quantisation.require()
     for subject in {group.subject.name: group.subject for group in plan.groups}.values():
         place = subject.prune[0] if subject.prune else subject.folder
         if place and (Path(place) / "config.json").is_file():
@@ -174,7 +177,7 @@ def _prune(subject: Subject, folder: Path, seed: int, report: Report) -> None:
     plan, _ = pruning.choose(source, pruning.Choice(method, Target("ratio", ratio)), scoring, progress=named)
     checkpoint.write(sources.fetch(source), plan, folder, progress=partial(named, "writing"))
     held = sources.from_folder(subject.name, folder).shape
-    if held != subject.shape:
+    if held != msgspec.structs.replace(subject.shape, quantised=""):
         raise InputError(f"subject {subject.name}: pruning left {held.parameters:,} parameters, not as planned")
 
 
@@ -205,7 +208,9 @@ class _Texts:
     def measure(self, subject: Subject, report: Report) -> Quality:
         """Return a subject's perplexity on every text."""
         assert subject.folder is not None
-        model, _ = pruning.load(_source(subject.folder))
+        source = _source(subject.folder)
+        held = msgspec.structs.replace(source.shape, quantised=subject.shape.quantised)
+        model, _ = pruning.load(msgspec.structs.replace(source, shape=held))
         found = {}
         for src, text in self._texts.items():
             found[src] = self._perplexity.measure(model, text)

@@ -4,7 +4,8 @@ Grammar: MODEL, or MODEL/PLAN. MODEL is a catalogue name, `reference`, a checkpo
 catalogue suffix (depth-26), a blind plan (depth:26, width:24x8256@4-30, flap:...: random weights), or METHOD:RATIO
 (ppl:0.25: real weights are pruned before the sweep starts; on a catalogue name, a blind plan of that shape).
 `depth:16..32` stands for a range of plans, both ends included. `~64` after either is the same with random weights and
-every block's neurons rounded up to a multiple of 64, as --align does: the aligned twin of a shape.
+every block's neurons rounded up to a multiple of 64, as --align does: the aligned twin of a shape. `+int8` or `+int4`
+at the end of any of these is the same with the weights of its blocks quantised (see `shortllama.quantisation`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
 
 def resolve(name: str) -> Subject:
     """Return the subject that `name` means (see the module). Raises InputError with the nearest names."""
+    base, held = sources.split(name)
+    if held:
+        plain = resolve(base)
+        return msgspec.structs.replace(plain, name=name, shape=msgspec.structs.replace(plain.shape, quantised=held))
     twin = _TWIN.fullmatch(name)
     if twin and not Path(name).exists():
         return _aligned(resolve(twin[1]), int(twin[2]), name)

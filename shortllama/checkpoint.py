@@ -89,28 +89,33 @@ def load(
     device: str = "cpu",
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    quantised: str = "",
 ) -> tuple[PreTrainedModel, Any]:
     """Return (model in eval mode, tokenizer or None) of a folder, hub id, `reference` or catalogue name.
 
     `dtype` None means that of the files (float32 for a catalogue name, whose weights are random with seed 0).
     `trust_remote_code` concerns the tokenizer only: modelling code is always transformers' own. Weights are read into
-    memory that the process allocates, tensor by tensor, so that memory budgets see them.
+    memory that the process allocates, tensor by tensor, so that memory budgets see them; and quantised as they are read
+    where `quantised` is int8 or int4 (see `quantisation`).
     Raises InputError for weights that are missing, cut off, pickled or not of the config's shape.
     """
-    from shortllama import surgery
+    from shortllama import quantisation, surgery
 
     source = sources.from_folder(str(model), model) if isinstance(model, Path) else sources.locate(model)
+    shape = msgspec.structs.replace(source.shape, quantised=quantised)
     if source.folder is None:
-        return surgery.build(source.shape, dtype=dtype or "float32", device=device, attention=attention), None
+        return surgery.build(shape, dtype=dtype or "float32", device=device, attention=attention), None
     surgery.check_device(device)
     folder = sources.fetch(source)
     assert source.config is not None
     stored = stored_tensors(folder, source.shape)
     dtype = dtype or stored_dtype(stored)
+    hold = quantisation.holder(shape, dtype, device)
     config = configs.base_config(source.config)
     made = surgery.skeleton(source.shape, config, dtype=dtype, attention=attention)
     wanted = surgery.torch_dtype(dtype)
-    surgery.put(made, {name: read_tensor(one).to(device, wanted) for name, one in stored.items()}, device)
+    tensors = {name: hold(name, read_tensor(one).to(device, wanted)) for name, one in stored.items()}
+    surgery.put(made, tensors, device)
     _take_generation_config(made, folder)
     return made, _tokenizer(folder, made, trust_remote_code)
 

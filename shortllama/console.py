@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from shortllama import files
+from shortllama import files, quiet  # noqa: F401  before transformers is imported
 from shortllama.errors import ShortllamaError
 
 if TYPE_CHECKING:

@@ -330,7 +330,8 @@ def write(
 def load(source: Source, *, device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Return (model, tokenizer or None) on `device`; None: see `compute_device`.
 
-    On a CPU weights are float32: 16-bit arithmetic is slow there, and coarse. On a GPU they stay as stored.
+    On a CPU weights are float32: 16-bit arithmetic is slow there, and coarse. On a GPU they stay as stored. Those of a
+    source that says so in its shape are quantised.
     """
     from shortllama import checkpoint
 
@@ -340,6 +341,7 @@ def load(source: Source, *, device: str | None = None, trust_remote_code: bool =
         dtype="float32" if device == "cpu" else None,
         device=device,
         trust_remote_code=trust_remote_code,
+        quantised=source.shape.quantised,
     )
 
 

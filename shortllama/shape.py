@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,6 +22,21 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 BIASES = ("q", "k", "v", "o", "gate", "up", "down")
 
+# How the matrices inside the blocks may be held: see `Matrix`.
+QUANTISED = ("int8", "int4")
+
+# What quantised weights may be computed in: a product with int8 values is scaled after its sum, which leaves float16's
+# range for activations in the hundreds.
+WIDE_DTYPES = ("float32", "bfloat16")
+
+# Weights that share a scale and a zero in int4, by the first of these that divides a matrix's inputs, and what the
+# kernels want of its outputs.
+INT4_GROUPS = (128, 64, 32)
+INT4_ROWS = 16
+
+# Mamba's forward multiplies by this weight itself, not through its layer, which quantised tensors cannot do.
+_BY_VALUE = ("mixer.dt_proj.weight",)
+
 
 def item_bytes(dtype: str) -> int:
     """Return the bytes of one value of `dtype`. Raises InputError for a name that is not one of `ITEM_BYTES`."""
@@ -28,6 +44,33 @@ def item_bytes(dtype: str) -> int:
         return ITEM_BYTES[dtype]
     except KeyError:
         raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(ITEM_BYTES)}") from None
+
+
+class Matrix(NamedTuple):
+    """The matrix of a linear layer. `unit` divides its rows; those of q, k and v have one unit, fused or not."""
+
+    rows: int
+    columns: int
+    unit: int
+
+    def group(self, held: str) -> int | None:
+        """Return how many inputs share a scale; None where the matrix stays as it is: int4 kernels lack its size."""
+        if held == "int8":
+            return self.columns
+        return next((size for size in INT4_GROUPS if self.columns % size == 0 and self.unit % INT4_ROWS == 0), None)
+
+    def held_bytes(self, held: str, dtype: str) -> int:
+        """Return the bytes of the matrix held as int8 or int4, computed with in `dtype`.
+
+        int8: one byte a weight; a scale in float32 and a zero of one byte (always 0) a row. int4: half a byte a weight;
+        a scale and a zero in `dtype` a group. What the kernels of a GPU add as padding is not counted.
+        """
+        group, item = self.group(held), item_bytes(dtype)
+        if group is None:
+            return self.rows * self.columns * item
+        if held == "int8":
+            return self.rows * (self.columns + 5)
+        return self.rows * self.columns // 2 + self.rows * (self.columns // group) * 2 * item
 
 
 class BlockShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,6 +105,9 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `mixer` is for families whose blocks can only be removed whole (GPT-NeoX, Mamba): every tensor of a block by name
     and dimensions. All blocks are then alike, and their heads and neurons say only what attention and its cache cost.
+
+    `quantised`: "int8" or "int4" where the matrices of the blocks are held so; embedding, output head, norms and biases
+    stay as they are.
     """
 
     family: str
@@ -76,8 +122,11 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     final_norms: int = 1
     entry_norms: int = 0
     mixer: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    quantised: str = ""
 
     def __post_init__(self) -> None:
+        if self.quantised and self.quantised not in QUANTISED:
+            raise InputError(f"quantised weights {self.quantised!r} are unknown; choose one of {', '.join(QUANTISED)}")
         unknown = set(self.biases) - set(BIASES)
         if unknown:
             raise InputError(f"biases {sorted(unknown)} are unknown; choose among {', '.join(BIASES)}")
@@ -158,8 +207,35 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # -- bytes and FLOPs --------------------------------------------------------------------------------------------
 
     def weight_bytes(self, dtype: str = "float16") -> int:
-        """Return the bytes of all weights."""
-        return self.parameters * item_bytes(dtype)
+        """Return the bytes of all weights, quantised ones as they are held."""
+        return self.parameters * item_bytes(dtype) - self._saved_bytes(dtype)
+
+    def matrices(self, block: BlockShape) -> dict[str, Matrix]:
+        """Return the matrices that can be quantised, by projection (fused ones by their parts), else by tensor name."""
+        if self.mixer:
+            named = {name: size for name, size in self.mixer if len(size) == 2 and name.endswith(".weight")}
+            return {name: Matrix(*size, size[0]) for name, size in named.items() if name not in _BY_VALUE}
+        q, kv, h, f = block.query_heads * self.head_dim, block.kv_heads * self.head_dim, self.hidden, block.neurons
+        unit = math.gcd(q, kv)
+        found = {"q": Matrix(q, h, unit), "k": Matrix(kv, h, unit), "v": Matrix(kv, h, unit), "o": Matrix(h, q, h)}
+        found |= {"gate": Matrix(f, h, f), "up": Matrix(f, h, f), "down": Matrix(h, f, h)}
+        return {name: one for name, one in found.items() if one.rows and one.columns}
+
+    def _saved_bytes(self, dtype: str) -> int:
+        """Return how many bytes quantised matrices are smaller than they would be in `dtype`."""
+        if not self.quantised:
+            return 0
+        if dtype not in WIDE_DTYPES:
+            raise UnsupportedError(
+                f"{self.quantised} weights are computed with in {' or '.join(WIDE_DTYPES)}, not in {dtype}; name one "
+                "of those as the dtype"
+            )
+        item = item_bytes(dtype)
+        return sum(
+            one.rows * one.columns * item - one.held_bytes(self.quantised, dtype)
+            for block in self.blocks
+            for one in self.matrices(block).values()
+        )
 
     def kv_bytes_per_token(self, dtype: str = "float16") -> int:
         """Return the KV-cache bytes of one token of one sequence: 2 d sum(k)."""
@@ -171,7 +247,7 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         A gather of B rows of the table is counted as nothing; a tied table is read whole as the output head.
         """
         unread = 0 if self.tied else self.embedding_parameters
-        return (self.parameters - unread) * item_bytes(dtype)
+        return (self.parameters - unread) * item_bytes(dtype) - self._saved_bytes(dtype)
 
     def decode_bytes(self, batch: int, context: int, dtype: str = "float16") -> int:
         """Return the bytes one decode step must move: weights once, `context` cached tokens read, one written.
@@ -231,6 +307,6 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Fields that came later are left out where they have their default: older digests stay valid.
         """
         fields = msgspec.to_builtins(self)
-        later = {"final_norms": 1, "entry_norms": 0, "mixer": ()}
+        later = {"final_norms": 1, "entry_norms": 0, "mixer": (), "quantised": ""}
         kept = {name: value for name, value in fields.items() if name not in later or value != later[name]}
         return hashlib.sha256(msgspec.json.encode(kept, order="sorted")).hexdigest()[:16]

@@ -13,7 +13,7 @@ import msgspec
 
 from shortllama import catalogue, configs, files
 from shortllama.errors import InputError, ShortllamaError
-from shortllama.shape import ModelShape
+from shortllama.shape import QUANTISED, ModelShape
 
 REFERENCE = "reference"
 REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
@@ -21,13 +21,14 @@ REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
 # Pickled weights are never fetched, and neither is code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt", "*.jinja")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HELD = re.compile(rf"(.+)\+({'|'.join(QUANTISED)})")
 
 
 class Source(msgspec.Struct, frozen=True):
     """A model that can be named. `folder` holds config.json and weights; None means random weights of `shape`.
 
     `config` is the decoded config.json, None for catalogue shapes. A model from the hub has `on_hub`: its folder holds
-    config.json only, until `fetch` has been called.
+    config.json only, until `fetch` has been called. One that is to be held quantised says so in its shape.
     """
 
     name: str
@@ -44,6 +45,9 @@ def locate(name: str) -> Source:
     (write ./llama-7b for a folder that is called like a catalogue name), a hub id OWNER/NAME, whose config.json alone
     is fetched. Raises InputError that names close catalogue names, or what is wrong with the folder.
     """
+    base, held = split(name)
+    if held:
+        raise InputError(f"model {name!r}: quantised models are only evaluated and measured (eval, sweep); give {base}")
     if catalogue.knows(name):
         return Source(name, catalogue.lookup(name))
     if name == REFERENCE:
@@ -56,6 +60,21 @@ def locate(name: str) -> Source:
     raise InputError(
         f"model {name!r} is not in the catalogue, not a folder here and no hub id OWNER/NAME; {catalogue.near(name)}"
     )
+
+
+def split(name: str) -> tuple[str, str]:
+    """Return a model's name without +int8 or +int4, and which of them was behind it; "" where none was."""
+    found = None if Path(name).exists() else _HELD.fullmatch(name)
+    return (found[1], found[2]) if found else (name, "")
+
+
+def locate_held(name: str) -> Source:
+    """Return what `name` stands for, where +int8 or +int4 may follow: its weights are then to be held so."""
+    base, held = split(name)
+    source = locate(base)
+    if not held:
+        return source
+    return msgspec.structs.replace(source, name=name, shape=msgspec.structs.replace(source.shape, quantised=held))
 
 
 def from_folder(name: str, folder: Path) -> Source:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from shortllama import configs, layout
+from shortllama import configs, layout, quantisation
 from shortllama.errors import InputError, PlanError, UnsupportedError
 from shortllama.families import Adapter, Family, adapter, check_steady, lookup
 from shortllama.plans import Plan, check_base, shape_after
@@ -40,9 +40,11 @@ def build(
 ) -> PreTrainedModel:
     """Return a model of `shape` with normal(0, `std`) weights and biases, norms that only normalize, in eval mode.
 
-    On device "meta" it holds no weights. Equal arguments give equal weights on one kind of device.
+    On device "meta" it holds no weights. Equal arguments give equal weights on one kind of device, rounded where the
+    shape says that they are quantised.
     """
     check_device(device)
+    hold = quantisation.holder(shape, dtype, device)
     model = skeleton(shape, configs.config_of(shape), dtype=dtype, attention=attention)
     setattr(model, _RANDOM, True)
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
@@ -53,7 +55,7 @@ def build(
         tensor = torch.empty(dimensions, dtype=torch_dtype(dtype), device=device)
         if name.endswith("weight") and family.norm_mark in name.rsplit(".", 2)[-2]:
             return tensor.fill_(family.norm_weight)
-        return tensor.normal_(0, std, generator=generator)
+        return hold(name, tensor.normal_(0, std, generator=generator))
 
     return put(model, {name: drawn(name, size) for name, size in layout.tensors(shape).items()}, device)
 

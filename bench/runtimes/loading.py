@@ -63,7 +63,11 @@ def load(subject: Subject, options: Options) -> tuple[PreTrainedModel, Any]:
         folder = Path(subject.folder)
         where = folder if folder.is_dir() else subject.folder
         model, tokenizer = checkpoint.load(
-            where, dtype=options.dtype, device=options.device, attention=options.attention
+            where,
+            dtype=options.dtype,
+            device=options.device,
+            attention=options.attention,
+            quantised=subject.shape.quantised,
         )
     held = sum(parameter.numel() for parameter in model.parameters())
     if held != subject.shape.parameters:

@@ -63,7 +63,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation here.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure what a model is worth: perplexity, zero-shot accuracy, text; with the protocol beside each number."""
+    """Measure what a model is worth: perplexity, zero-shot accuracy, text; with the protocol beside each number.
+
+    MODEL+int8 and MODEL+int4 are the same model with the weights of its blocks quantised.
+    """
     from shortllama.evaluation import named
 
     options.check_output_file(out)
@@ -73,7 +76,7 @@ def evaluate(
         task_data=task_data,
         prompts=tuple(generate or ()),
         tokens=new_tokens,
-        against=None if against is None else sources.locate(against),
+        against=None if against is None else sources.locate_held(against),
         limit=limit,
         seed=seed,
         data_dir=data_dir,
@@ -81,7 +84,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     with console.steps() as progress:
-        found = named.evaluate(sources.locate(model), wanted, progress, note=lambda text: console.say(f"note: {text}"))
+        source = sources.locate_held(model)
+        found = named.evaluate(source, wanted, progress, note=lambda text: console.say(f"note: {text}"))
     if out is not None:
         write_evaluation(out, found)
         console.say(f"wrote {out}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from shortllama import calibration, pruning
+from shortllama import calibration, pruning, quantisation
 from shortllama.errors import InputError
 from shortllama.evaluation import generation, protocol, tasks
 from shortllama.evaluation.results import Evaluation, Perplexity, Quality, ZeroShot
@@ -51,6 +51,8 @@ def evaluate(
     sources = [protocol.parse(src)[0] for src in wanted.texts]
     local = _local(wanted)
     names = _names(source, wanted.against)
+    if any(one.shape.quantised for one in (source, wanted.against) if one is not None):
+        quantisation.require()
     for remark in _remarks(source, wanted):
         if note is not None:
             note(remark)
@@ -95,11 +97,12 @@ def _local(wanted: Wanted) -> dict[str, tasks.Items] | None:
 def _remarks(source: Source, wanted: Wanted) -> list[str]:
     positions = (source.config or {}).get("max_position_embeddings")
     windows = {src: protocol.parse(src)[1].window for src in wanted.texts}
+    held = [quantisation.remark(one.shape, one.name) for one in (source, wanted.against) if one is not None]
     return [
         f"{src}: a window of {window} tokens, where {source.name} was made for {positions}: beyond those it may fail"
         for src, window in windows.items()
         if isinstance(positions, int) and window > positions
-    ]
+    ] + [one for one in held if one is not None]
 
 
 def _names(source: Source, against: Source | None) -> list[str]:
