@@ -14,18 +14,17 @@ import typer
 from bench import devices, memory, prediction, recommendation, store, subjects
 from bench.cells import budget_bytes
 from bench.quality import QUALITY
-from bench.recommendation import QUANTITIES, Candidate, Constraint, Recommendation
-from bench.report import quantities
+from bench.recommendation import Candidate, Constraint, Recommendation
+from bench.report import reasons
 from bench.report.summaries import Summary, grid
 from bench.store import Results
 from bench.timing import Estimate
-from shortllama import console
+from shortllama import console, files
 from shortllama.errors import InputError
 from shortllama.evaluation.results import read_evaluation
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|)")
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
-_SHOWN = 8
 
 
 def recommend(
@@ -34,7 +33,7 @@ def recommend(
         str | None, typer.Option(metavar="TIME", help="Most for a whole call, such as 800ms or 2s.")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most peak memory, such as 24GiB.")] = None,
-    max_ppl: Annotated[float | None, typer.Option(min=0.0, help="Largest perplexity; see --text.")] = None,
+    max_ppl: Annotated[float | None, typer.Option(min=1.0, help="Largest perplexity; see --text.")] = None,
     min_throughput: Annotated[float | None, typer.Option(min=0.0, help="Least new tokens a second.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Only this batch size.")] = None,
     prompt: Annotated[int | None, typer.Option(min=1, help="Only this prompt length.")] = None,
@@ -48,10 +47,16 @@ def recommend(
     price_per_hour: Annotated[
         float | None, typer.Option(min=0.0, help="What the device costs an hour; gives the cost of a million tokens.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the answer as a page, in a folder as `report` does.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> int:
     """Choose a shape for given limits: the fastest that meets all of them. Exit code 1 where none does."""
-    results = [store.read(run) for run in store.measured(runs)]
+    if out is not None:
+        files.check_folder(out, "index.html")
+    measured = store.measured(runs)
+    results = [store.read(run) for run in measured]
     found = candidates(results, perplexities(runs, text), device, price_per_hour)
     wanted = {"batch": batch, "prompt": prompt, "output": output}
     chosen = [one for one in found if all(v is None or getattr(one.cell, k) == v for k, v in wanted.items())]
@@ -68,7 +73,13 @@ def recommend(
     if as_json:
         console.emit(plain(answer, constraints))
     else:
-        sys.stdout.write("\n".join(lines(answer, constraints)) + "\n")
+        sys.stdout.write("\n".join(reasons.lines(answer, constraints)) + "\n")
+    if out is not None:
+        from bench.report import advice, publish
+
+        sources = publish.sources(measured, results)
+        publish.save(advice.build(answer, constraints, chosen, sources), out)
+        console.say(f"wrote {out / 'index.html'}")
     return int(answer.choice is None)
 
 
@@ -165,73 +176,6 @@ def _nothing(found: Sequence[Candidate], wanted: Mapping[str, int | None]) -> st
     return f"no cell has {asked}; the runs have {there}"
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
 def plain(answer: Recommendation, constraints: Sequence[Constraint]) -> dict[str, Any]:
     """Return the answer as one JSON document."""
     return {"constraints": msgspec.to_builtins(constraints), **msgspec.to_builtins(answer)}
-
-
-def lines(answer: Recommendation, constraints: Sequence[Constraint]) -> list[str]:
-    """Return the answer for people: the choice and its reasons, the runner-up, what binds, the front."""
-    said = _choice(answer, constraints) if answer.choice else _none(answer, constraints)
-    for name, count in answer.unknown.items():
-        said.append(f"{count} of {answer.considered} candidates have no {QUANTITIES[name].name}{_how(name)}")
-    said += ["", f"not beaten by any other ({len(answer.front)} of {answer.considered} candidates):"]
-    said += [f"  {describe(one)}" for one in answer.front[:_SHOWN]]
-    if len(answer.front) > _SHOWN:
-        said.append(f"  and {len(answer.front) - _SHOWN} more; see --json")
-    return said
-
-
-def _choice(answer: Recommendation, constraints: Sequence[Constraint]) -> list[str]:
-    assert answer.choice is not None
-    said = [f"take {describe(answer.choice)}", f"  {answer.choice.origin}"]
-    for one in constraints:
-        known = QUANTITIES[one.quantity]
-        side = "at least" if known.more_is_better else "at most"
-        bound = ", and this limit binds" if one.quantity in answer.binding else ""
-        limit = quantities.text(one.limit, known.unit)
-        said.append(f"  {known.name} {side} {limit}: {answer.margins[one.quantity]:.0%} to spare{bound}")
-    if not constraints:
-        said.append("  no limit was given: the fastest of all, whatever its memory and quality")
-    elif answer.choice.perplexity is not None and all(one.quantity != "perplexity" for one in constraints):
-        said.append("  no limit on perplexity was given, so quality had no say (--max-ppl)")
-    if answer.runner_up is not None:
-        sure = {None: "", True: ", their intervals apart", False: ", their intervals overlap: measure more to be sure"}
-        said.append(f"runner-up {describe(answer.runner_up)}")
-        said.append(f"  {quantities.ratio(answer.lead or 1.0)} slower{sure[answer.clear]}")
-    return said
-
-
-def _none(answer: Recommendation, constraints: Sequence[Constraint]) -> list[str]:
-    assert answer.closest is not None
-    said = [f"none of {answer.considered} candidates meets every limit"]
-    said.append(f"closest {describe(answer.closest)}")
-    for one in constraints:
-        if one.quantity in answer.misses:
-            known = QUANTITIES[one.quantity]
-            limit, value = quantities.text(one.limit, known.unit), known.of(answer.closest)
-            seen = f"not known{_how(one.quantity)}" if value is None else quantities.text(value, known.unit)
-            said.append(f"  {known.name} {seen}, the limit is {limit}")
-    if answer.binding:
-        names = " or ".join(QUANTITIES[name].name for name in answer.binding)
-        said.append(f"something would fit without the limit on {names}")
-    return said
-
-
-def _how(name: str) -> str:
-    return "; evaluate subjects by a suite with `perplexity`" if name == "perplexity" else ""
-
-
-def describe(one: Candidate) -> str:
-    """Return a candidate in one line."""
-    figures = [
-        f"{quantities.text(value, known.unit)}{' tokens/s' if known.unit == 'tokens/s' else ''}"
-        if name in ("latency", "throughput", "memory")
-        else f"{known.name} {quantities.text(value, known.unit)}"
-        for name, known in QUANTITIES.items()
-        if (value := known.of(one)) is not None
-    ]
-    return f"{one.cell.label}: {', '.join(figures)}"

@@ -47,7 +47,11 @@ MARKERS = {
     "cudagraph": "v",
     "roofline": "P",
 }
-VERDICTS = {"regressed": "^", "improved": "v", "inconclusive": "D", "equivalent": "o"}  # hollow, around a point
+# Hollow, around a point: what the gate says of it, and what a recommendation takes.
+VERDICTS = {
+    "regressed": "^", "improved": "v", "inconclusive": "D", "equivalent": "o", "choice": "s", "runner-up": "h",
+    "closest": "s",
+}  # fmt: skip
 _DEPTH_PLAN = re.compile(r"depth\b|depth[-:]")
 
 

@@ -165,10 +165,14 @@ def _latency(grid: Grid, paired: Paired, model: str) -> Table | None:
         "The paper's rows for depth stand for both of its criteria. A speed-up is the dense row's latency over the "
         "row's own; of the paper's it is taken from tokens/s, which have one digit more."
     )
+    columns = (Column("row", "Shape"), *theirs, *ours)
+    empty = frozenset(
+        c.key for place, c in enumerate(columns) if c.interval and all(row[place] is None for row in made)
+    )
     return Table(
-        f"paper-table-{NUMBERS[model]}", f"Table {NUMBERS[model]} of the paper: latency of {NAMES[model]}",
-        (Column("row", "Shape"), *theirs, *ours), tuple(made), _source(grid, paired.settings, simulated=simulated),
-        constant=f"one sequence · {PROMPT} tokens in, {OUTPUT} out · {DTYPE}", caption=caption,
+        f"paper-table-{NUMBERS[model]}", f"Table {NUMBERS[model]} of the paper: latency of {NAMES[model]}", columns,
+        tuple(made), _source(grid, paired.settings, simulated=simulated),
+        constant=f"one sequence · {PROMPT} tokens in, {OUTPUT} out · {DTYPE}", hidden=empty, caption=caption,
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from bench import calibrated, store
 from bench.report import assembly, delimited, markdown, merging
-from bench.report.sources import Origin
+from bench.report.sources import Origin, describe
 from bench.report.studies import held, parts
 from bench.report.studies.held import Held
-from bench.report.values import Report
+from bench.report.values import Report, Source
 from bench.run_folder import SUITE
+from bench.store import Results
 from shortllama import files, plans
 from shortllama.errors import InputError
 from shortllama.evaluation.results import read_evaluation
@@ -63,6 +64,24 @@ def write(runs: Sequence[Path], out: Path) -> Report:
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     return report
+
+
+def save(report: Report, out: Path) -> None:
+    """Write a report that is there already into `out`, as `write` does. Raises InputError where `out` is not ours."""
+    with files.new_folder(out, MARK) as folder:
+        try:
+            _write_all(report, folder)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def sources(runs: Sequence[Path], results: Sequence[Results]) -> list[Source]:
+    """Return where the rows of these runs come from, one source an environment."""
+    found: dict[str, Source] = {}
+    for run, one in zip(runs, results, strict=True):
+        for environment in one.environments.values():
+            found.setdefault(environment.id, describe(environment, _origin(run)))
+    return list(found.values())
 
 
 def _need_one(runs: Sequence[Path]) -> None:

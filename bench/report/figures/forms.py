@@ -163,9 +163,9 @@ def _level(
 
 def _round(axis: Axis, limits: tuple[float, float]) -> list[float]:
     """Return round values for ticks: of bytes in their binary unit, of what is counted whole ones only."""
-    if not axis.linear:
-        return ticks.logarithmic(*limits)
     scale = 1024 ** int(math.log(limits[1], 1024)) if axis.unit == "bytes" and limits[1] >= 1 else 1
+    if not axis.linear:
+        return [value * scale for value in ticks.logarithmic(limits[0] / scale, limits[1] / scale)]
     found = [value * scale for value in ticks.linear(limits[0] / scale, limits[1] / scale)]
     return [value for value in found if axis.unit != "integer" or value == int(value)]
 
