@@ -202,6 +202,57 @@ def test_hellaswag_comes_in_six_lines_an_item_packed_or_not(tmp_path):
         read("hellaswag", tmp_path)
 
 
+# -- candidates that no window holds ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference():
+    from shortllama import pruning, sources
+
+    return pruning.load(sources.locate("reference"), device="cpu")
+
+
+def long_items(tmp_path, words: int):
+    """Two good items, and one of which the second choice has so many words."""
+    short = {"query": "Question: why?", "choices": ["so", "no"], "gold": 0}
+    write(tmp_path, "piqa", short, short, {**short, "choices": ["so", "so" + " so" * (words - 1)]}, short)
+    return {"piqa": read("piqa", tmp_path)}
+
+
+def test_a_candidate_longer_than_the_window_is_named(harness, reference, tmp_path):
+    """As many tokens as there are positions are scored; one more is refused, before anything is computed."""
+    model, tokenizer = reference
+    words = model.config.max_position_embeddings
+    while len(tokenizer(" so" * words, add_special_tokens=False)["input_ids"]) > model.config.max_position_embeddings:
+        words -= 1
+    fits, too_long = long_items(tmp_path, words), long_items(tmp_path, words + 300)
+    zeroshot.check(model, tokenizer, fits)
+    assert zeroshot.evaluate(model, tokenizer, ["piqa"], local=fits).tasks["piqa"].items == 4
+    message = r"^task 'piqa': item 3 has a candidate of \d+ tokens, the model has positions for 256; leave piqa out of "
+    passes = []
+    for attempt in (zeroshot.check, lambda *given: zeroshot.evaluate(*given[:2], ["piqa"], local=given[2])):
+        hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+        try:
+            with pytest.raises(InputError, match=message + r"--tasks, or take fewer items \(--limit 2\)$"):
+                attempt(model, tokenizer, too_long)
+        finally:
+            hook.remove()
+        assert not passes
+    zeroshot.check(model, tokenizer, too_long, limit=2)
+
+
+def test_it_is_found_before_texts_are_measured(harness, reference, tmp_path, monkeypatch):
+    from shortllama import pruning, sources
+    from shortllama.evaluation import named
+
+    long_items(tmp_path, 600)
+    monkeypatch.setattr(pruning, "load", lambda *_, **__: reference)
+    monkeypatch.setattr(named, "_perplexities", lambda *_: pytest.fail("measured texts first"))
+    wanted = named.Wanted(texts=("self",), tasks=("piqa",), task_data=tmp_path)
+    with pytest.raises(InputError, match="item 3"):
+        named.evaluate(sources.locate("reference"), wanted)
+
+
 GOOD = {"query": "Question: x\n", "choices": ["a", "b"], "gold": 0}
 
 

@@ -57,6 +57,10 @@ def evaluate(
         if note is not None:
             note(remark)
     model, tokenizer = _load(source, wanted)
+    if local is not None:
+        from shortllama.evaluation import zeroshot
+
+        zeroshot.check(model, tokenizer, local, wanted.limit)
     other = None if wanted.against is None else _load(wanted.against, wanted)[0]
     dense = other or model
     base = pruning.dense_base(source) if other is None and calibration.SELF in sources else None

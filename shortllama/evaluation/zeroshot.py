@@ -34,6 +34,37 @@ def require_harness() -> None:
     _version()
 
 
+def check(model: Any, tokenizer: Any, local: Mapping[str, Items], limit: int | None = None) -> None:
+    """Raise InputError for an item with a candidate that no window of the model holds; `limit` as in `evaluate`.
+
+    Of the harness's own tasks this is found when their items are there, before the model has answered any.
+    """
+    if tokenizer is None:
+        raise _no_tokenizer()
+    with _silent():
+        wrapped = _wrapped(model, tokenizer, None)
+    for name, items in local.items():
+        for number, item in enumerate(items.items[:limit]):
+            for context in item.contexts:
+                for more in item.continuations:
+                    # No token is less than a byte, so most texts are short enough at sight.
+                    if len(more.encode()) >= wrapped.max_length:
+                        _require_room(wrapped, name, number, wrapped._encode_pair(context, f" {more}")[1])
+
+
+def _require_room(wrapped: Any, name: str, number: int, candidate: Sequence[int]) -> None:
+    if len(candidate) > wrapped.max_length:
+        fewer = f", or take fewer items (--limit {number})" if number else ""
+        raise InputError(
+            f"task {name!r}: item {number + 1} has a candidate of {len(candidate)} tokens, the model has positions for "
+            f"{wrapped.max_length}; leave {name} out of --tasks{fewer}"
+        )
+
+
+def _no_tokenizer() -> InputError:
+    return InputError("tasks are text, but this model comes without a tokenizer; put its files into the folder")
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -46,11 +77,11 @@ def evaluate(
     """Return the accuracy of a model on the named tasks, over the items in `local`, or from the hub where it is None.
 
     `limit` is the most items taken of each task, from its start. Raises UnsupportedError without the harness, and
-    InputError without a tokenizer, or where a task cannot be fetched.
+    InputError without a tokenizer, where a task cannot be fetched, or as `check` does.
     """
     version = _version()
     if tokenizer is None:
-        raise InputError("tasks are text, but this model comes without a tokenizer; put its files into the folder")
+        raise _no_tokenizer()
     with _silent():
         loaded = _from_hub(names) if local is None else {name: _local_task(name, local[name]) for name in names}
         wrapped = _wrapped(model, tokenizer, progress)
@@ -151,7 +182,13 @@ def _wrapped(model: Any, tokenizer: Any, progress: Progress | None) -> Any:
     class Counting(wrapper):
         truncated = 0
 
+        def loglikelihood(self, requests: Any, *arguments: Any, **options: Any) -> Any:
+            self.asked = [(one.task_name, one.doc_id) for one in requests]
+            return super().loglikelihood(requests, *arguments, **options)
+
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> Any:
+            for (name, number), (_, _, more) in zip(self.asked, requests, strict=True):
+                _require_room(self, name, number, more)
             self.truncated += sum(len(context) + len(more) > self.max_length + 1 for _, context, more in requests)
             self.set_cache_hook(_Answers(len(requests), progress))
             return super()._loglikelihood_tokens(requests, disable_tqdm=True)

@@ -29,6 +29,8 @@ class Meter:
         data = None if wanted.task_data is None else _folder(wanted.task_data, settings.data_dir)
         self._items = None if data is None else {name: tasks.read(name, data) for name in self._tasks}
         model, tokenizer = self._load(dense)
+        if self._items is not None:
+            zeroshot.check(model, tokenizer, self._items, wanted.limit)
         self._texts = {
             src: perplexity.prepare(
                 src, tokenizer=tokenizer, dense=model, limit=wanted.limit, seed=wanted.seed, data_dir=settings.data_dir
