@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import report_cases as cases
+import study_cases as studies
 from test_report import save
 
 from bench.report import write
 
 pytestmark = pytest.mark.browser
 
-FIGURES = {"quick": 7, "hostile": 6, "oom": 1, "one": 0, "troubled": 1, "simulated": 5}
+FIGURES = {"quick": 7, "hostile": 6, "oom": 1, "one": 0, "troubled": 1, "simulated": 5, "study": 3, "strange study": 1}
 SCREENS = [("quick", 1280, "dark"), ("quick", 768, "light"), ("quick", 390, "light")]
 SCREENS += [(name, width, scheme) for name in FIGURES for width, scheme in ((1280, "light"), (390, "dark"))]
 
@@ -62,6 +63,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("simulated", cases.two_devices()[1], None),
     ):
         write([save(results, root / "runs" / name, quality)], root / name)
+        made[name] = root / name / "index.html"
+    for name, folder in (
+        ("study", studies.save(root / "studies" / "study")),
+        ("strange study", studies.save(root / "studies" / "strange", found=studies.hostile(), dense=studies.strange())),
+    ):
+        write([folder], root / name)
         made[name] = root / name / "index.html"
     return made
 

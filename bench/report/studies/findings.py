@@ -30,7 +30,7 @@ def findings(held: Held) -> tuple[Finding, ...]:
 
 
 def best(held: Held) -> list[Finding]:
-    """The method with the lowest perplexity at each ratio, among those retrained alike."""
+    """The method with the lowest perplexity at each ratio, among those retrained alike, and between cuts none."""
     text = _text(held)
     found: list[Finding] = []
     for ratio, rivals in _by_ratio(held, text).items():
@@ -91,7 +91,8 @@ def _removed(one: Outcome) -> str:
 
 def won_back(held: Held) -> list[Finding]:
     """How much of the gap each recipe closed at each ratio: most and least."""
-    text, all_of_them = _text(held), outcomes(held)
+    text = _text(held)
+    all_of_them = [one for one in outcomes(held) if not one.taught_between]
     found: list[Finding] = []
     for recipe in recipes(all_of_them):
         for ratio in dict.fromkeys(one.ratio for one in all_of_them if one.recipe == recipe):
@@ -161,7 +162,7 @@ def _cuts(held: Held, text: str, once: Outcome, several: Outcome) -> Finding:
         cause += ": so it is here." if same else ": it is not so here."
     else:
         cause += "; these models were not retrained."
-    if "between" in several.first.costs:
+    if several.taught_between:
         cost = mean(row.costs["between"].wall_s for row in several.rows if "between" in row.costs)
         cause += f" Retraining between the cuts took {quantities.seconds(cost)} more."
     return Finding("cuts", f"{headline}.", cause, _again(held), "one-shot-iterative")
@@ -275,7 +276,7 @@ def _text(held: Held) -> str:
 def _by_ratio(held: Held, text: str) -> dict[float, list[Outcome]]:
     """Return what came out at each ratio, retrained alike: by the first recipe that two methods or more have."""
     found: dict[float, list[Outcome]] = {}
-    every = outcomes(held)
+    every = [one for one in outcomes(held) if not one.taught_between]
     for ratio in dict.fromkeys(one.ratio for one in every):
         for recipe in recipes(every):
             alike = [one for one in every if (one.ratio, one.recipe) == (ratio, recipe) and one.result(text)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from bench.report.quantities import inert
 from bench.report.studies.held import Held
 from shortllama.evaluation.results import Quality
 from shortllama.evaluation.tasks import TASKS
@@ -62,7 +63,12 @@ class Outcome(msgspec.Struct, frozen=True):
     @property
     def in_steps(self) -> bool:
         """Whether parts were scored anew after others had gone (the paper's iterative pruning)."""
-        return self.first.iterative or "between" in self.first.costs
+        return self.first.iterative or self.taught_between
+
+    @property
+    def taught_between(self) -> bool:
+        """Whether it was retrained between cuts, and so has had more than others with the same recipe."""
+        return "between" in self.first.costs
 
     def before(self, text: str) -> list[float]:
         """Return the perplexities of the pruned models, one a seed."""
@@ -133,7 +139,7 @@ def named(one: Outcome, among: Sequence[Outcome]) -> str:
         [f"scored on {one.calibration}"] if one.calibration and _differs(one, rivals, lambda o: o.calibration) else []
     )
     said += [_recipe(one)] if _differs(one, rivals, lambda o: o.recipe) else []
-    return ", ".join(said)
+    return inert(", ".join(said))
 
 
 def _differs(one: Outcome, rivals: Sequence[Outcome], of: Callable[[Outcome], str]) -> bool:

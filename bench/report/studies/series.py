@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from bench.report import quantities
-from bench.report.palette import REST, colours
+from bench.report.quantities import inert
 from bench.report.series import PANEL_LIMIT, SERIES_LIMIT
 from bench.report.studies.held import Held
 from bench.report.studies.outcomes import Outcome, comparable, final, mean, named, outcomes, several, spread
@@ -77,10 +77,10 @@ def _lists(label: str, told: str, members: Sequence[Row], held: Held) -> list[Im
     found: list[Importance] = []
     for part, values in parts.items():
         if values is not None and _wanted(scores, part):
-            short = ", ".join(one for one in (part, told) if one)
+            short = inert(", ".join(one for one in (part, told) if one))
             gone = {ratio: _gone(plan, part, len(values)) for ratio, plan in sorted(known.items())}
-            name = f"{label}: {short}" if short else label
-            found.append(Importance(label, name, short or label, tuple(values), gone, _zero(scores, values)))
+            name = f"{inert(label)}: {short}" if short else inert(label)
+            found.append(Importance(label, name, short or inert(label), tuple(values), gone, _zero(scores, values)))
     return found
 
 
@@ -112,14 +112,11 @@ def block_importance(held: Held) -> Chart | None:
             panels.setdefault(one.label, []).append(one)
     if not panels:
         return None
-    tints = colours([(f"{held.model}/{one.label}", False) for one in lists])
+    shorts = list(dict.fromkeys(one.short for members in panels.values() for one in members))
     drawn = [
         Panel(
             _importance_title(label, members),
-            tuple(
-                _importance(one, tints[f"{held.model}/{label}"] if not rank else REST[rank % len(REST)])
-                for rank, one in enumerate(members[:SERIES_LIMIT])
-            ),
+            tuple(_importance(one, _tint(shorts.index(one.short))) for one in members[:SERIES_LIMIT]),
         )
         for label, members in panels.items()
     ]
@@ -138,7 +135,7 @@ def block_importance(held: Held) -> Chart | None:
 
 def _importance_title(label: str, members: Sequence[Importance]) -> str:
     ratios = [ratio for ratio in members[0].gone]
-    return f"{label}, {quantities.share(ratios[0])} removed" if ratios else label
+    return inert(f"{label}, {quantities.share(ratios[0])} removed" if ratios else label)
 
 
 def _importance(one: Importance, colour: str) -> Series:
@@ -147,7 +144,7 @@ def _importance(one: Importance, colour: str) -> Series:
     gone = next(iter(one.gone.values()), frozenset[int]())
     points = tuple(Point(place + 1, height, place) for place, height in zip(places, heights, strict=True))
     marked = tuple(index for index, place in enumerate(places) if place in gone)
-    return Series(one.name, one.short, colour, "", False, points, changes=marked)
+    return Series(one.short, one.short, colour, "", False, points, changes=marked)
 
 
 def scaled(values: Sequence[float]) -> list[float]:
@@ -191,21 +188,25 @@ def lost_and_won(held: Held) -> Chart | None:
             most = max(most, len(alike))
             bars = [_bar(one, text, held, found) for one in sorted(alike, key=lambda one: mean(one.result(text)))]
             if bars:
-                panels.append(Panel(f"{quantities.share(ratio)} removed, on {text}", bars=tuple(bars[:SERIES_LIMIT])))
+                panels.append(
+                    Panel(inert(f"{quantities.share(ratio)} removed, on {text}"), bars=tuple(bars[:SERIES_LIMIT]))
+                )
     if not panels:
         return None
     panels = _with_all_parts(panels)
     dense = held.dense
     assert dense is not None, "measured against it"
     base = "; ".join(f"{quantities.significant(dense.perplexity[t].perplexity)} on {t}" for t in dense.perplexity)
+    reading = (
+        "A bar is the rise in the logarithm of perplexity; beside it the perplexity pruned and, after the arrow, "
+        f"retrained. The dense model's is {base}. Best result first"
+    )
     words = [f"{panel.title}: {'; '.join(f'{bar.label} {bar.note}' for bar in panel.bars)}" for panel in panels]
     return Chart(
         name="perplexity-retraining", title="What pruning lost, and what retraining won back", form="bars",
         x=Axis("Nats a token above the dense model", "number", linear=True), y=Axis("", "text"),
         panels=tuple(panels[:PANEL_LIMIT]), source=held.line,
-        reading=f"A bar is the rise in the logarithm of perplexity; beside it the perplexity pruned and, after the "
-        f"arrow, retrained. The dense model's is {base}. Best result first"
-        + (", means over seeds." if any(len(one.rows) > 1 for one in found) else "."),
+        reading=inert(f"{reading}, means over seeds." if any(len(one.rows) > 1 for one in found) else f"{reading}."),
         alternative=f"What pruning lost, and what retraining won back: {'. '.join(words[:PANEL_LIMIT])}.",
         left_out=_left_out(len(panels), most),
     )  # fmt: skip
@@ -261,7 +262,7 @@ def cuts(held: Held) -> Chart | None:
             if {one.in_steps for one in rivals} == {True, False}:
                 said = [f"{method}{' (modules)' if unit == 'module' else ''}"]
                 said += [f"scored on {calibration}"] if len(alike) > 1 and calibration else []
-                panels.append(Panel(", ".join([*said, f"on {text}"]), series[:SERIES_LIMIT]))
+                panels.append(Panel(inert(", ".join([*said, f"on {text}"])), series[:SERIES_LIMIT]))
     if not panels:
         return None
     words = [f"{p.title}: {'; '.join(f'{s.label} {_range(s)}' for s in p.series)}" for p in panels[:PANEL_LIMIT]]
@@ -289,12 +290,15 @@ def _cut_series(rivals: Sequence[Outcome], text: str, held: Held) -> tuple[Serie
     taught = several([one for one in rivals if one.recipe != NONE], lambda one: one.recipe)
     for one in sorted(rivals, key=lambda one: (one.in_steps, one.ratio)):
         way = _way(one, rivals) if one.in_steps else "one cut"
-        for state, values in (("pruned", one.before(text)), (one.recipe if taught else "retrained", one.after(text))):
+        for state, values in (
+            ("pruned", one.before(text)),
+            (inert(one.recipe) if taught else "retrained", one.after(text)),
+        ):
             if values:
                 points = curves.setdefault((way, state), {})
                 points[one.ratio] = Point(one.removed, mean(values), len(points) + 1, None, spread(values))
     return tuple(
-        Series(f"{way}, {state}", f"{way}, {state}", _CUT_COLOURS[place % len(_CUT_COLOURS)],
+        Series(f"{way}, {state}", f"{way}, {state}", _tint(place),
                "pruned" if state == "pruned" else "retrained", False, (base, *points.values()))
         for place, ((way, state), points) in enumerate(curves.items())
     )  # fmt: skip
@@ -304,7 +308,23 @@ def _way(one: Outcome, rivals: Sequence[Outcome]) -> str:
     """Name a way of several cuts: by their number, where no two ways have the same."""
     number = f"in {one.first.steps} steps" if one.first.steps else "block by block"
     same = {other.label for other in rivals if other.in_steps and other.first.steps == one.first.steps}
-    return number if len(same) == 1 else one.label.partition(" ")[2].strip("()")
+    return number if len(same) == 1 else inert(one.label.partition(" ")[2].strip("()"))
 
 
-_CUT_COLOURS = ("cool-1", "cool-2", "warm-1", "warm-3", "other-1", "other-2", "cool-3", "warm-2")
+def _tint(place: int) -> str:
+    return _COLOURS[place % len(_COLOURS)]
+
+
+_COLOURS = (
+    "cool-1",
+    "cool-2",
+    "warm-1",
+    "warm-3",
+    "other-1",
+    "other-2",
+    "cool-3",
+    "warm-2",
+    "cool-4",
+    "warm-4",
+    "other-3",
+)
