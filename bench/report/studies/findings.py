@@ -7,15 +7,13 @@ import shlex
 from collections.abc import Callable, Sequence
 
 from bench.report import quantities, wording
-from bench.report.studies import beside
+from bench.report.studies import beside, commands, pairing
 from bench.report.studies.held import Held
 from bench.report.studies.outcomes import Outcome, average, comparable, final, mean, named, outcomes, recipes, spread
 from bench.report.values import Finding
-from shortllama import methods
 from shortllama.evaluation.results import Accuracy
 from shortllama.evaluation.tasks import TASKS
-from shortllama.studies.rows import Row
-from shortllama.study import NONE, Retraining
+from shortllama.study import NONE
 
 _CERTAIN = 2.0  # standard errors above guessing from which an accuracy says something
 _PER_RULE = 4
@@ -58,7 +56,9 @@ def _best(held: Held, text: str, ratio: float, ranked: Sequence[Outcome]) -> Fin
     brief = f"At {quantities.share(ratio)} {name} {'is best' if apart else verb} {after}: perplexity "
     brief += quantities.significant(mean(first.result(text)))
     brief += f" where the dense model has {quantities.significant(base)}." if base else "."
-    return Finding("best", headline, cause, _prune(first.first) or _again(held), "perplexity-retraining", brief)
+    return Finding(
+        "best", headline, cause, commands.prune(first.first) or commands.again(held), "perplexity-retraining", brief
+    )
 
 
 def _value(one: Outcome, text: str) -> str:
@@ -111,7 +111,8 @@ def _won_back(held: Held, text: str, ranked: Sequence[Outcome]) -> Finding:
     headline = f"At {quantities.share(most.ratio)} removed, {how} ({numbers})"
     headline += f", and {shares[1]} for {named(least, ranked)}." if least is not most else "."
     return Finding(
-        "won-back", headline, _spent(ranked), _longer(held, most.first) or _again(held), "perplexity-retraining",
+        "won-back", headline, _spent(ranked), commands.longer(held, most.first) or commands.again(held),
+        "perplexity-retraining",
         f"{most.recipe} closed up to {shares[0]} of the gap at {quantities.share(most.ratio)} removed.",
     )  # fmt: skip
 
@@ -165,7 +166,7 @@ def _cuts(held: Held, text: str, once: Outcome, several: Outcome) -> Finding:
     if several.taught_between:
         cost = mean(row.costs["between"].wall_s for row in several.rows if "between" in row.costs)
         cause += f" Retraining between the cuts took {quantities.seconds(cost)} more."
-    return Finding("cuts", f"{headline}.", cause, _again(held), "one-shot-iterative")
+    return Finding("cuts", f"{headline}.", cause, commands.again(held), "one-shot-iterative")
 
 
 # -- against the paper -------------------------------------------------------------------------------------------------
@@ -186,10 +187,10 @@ def _paper_order(held: Held, what: str, tables: dict[str, list[beside.Order]]) -
     told = wording.join([f"{same} of {pairs} in Table {number}" for number, (same, pairs) in counts.items()])
     headline = f"By {what}, pairs of rows stand in the paper's order: {told}."
     cause = "A pair is two rows of one level of the paper that both have."
-    if not beside.is_papers(held):
+    if not pairing.is_papers(held):
         name = quantities.inert(held.model)
         cause += f" {name} is not LLaMA-7B: where the order differs, neither is wrong for it."
-    return Finding("paper-order", headline, cause, _again(held))
+    return Finding("paper-order", headline, cause, commands.again(held))
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def _choosing(
     )
     cause = "Choices are told apart by what is left of a ranking; a word to write has to be the likeliest of all."
     cause += f" Left out, because the dense model guesses: {wording.join(dull)}." if dull else ""
-    return Finding("choosing", headline, cause, _again(held))
+    return Finding("choosing", headline, cause, commands.again(held))
 
 
 def _dense(held: Held, name: str) -> float:
@@ -280,50 +281,8 @@ def _by_ratio(held: Held, text: str) -> dict[float, list[Outcome]]:
     for ratio in dict.fromkeys(one.ratio for one in every):
         for recipe in recipes(every):
             alike = [one for one in every if (one.ratio, one.recipe) == (ratio, recipe) and one.result(text)]
+            alike = list({one.label: one for one in reversed(alike)}.values())[::-1]  # the first calibration of each
             if len(alike) > 1 and comparable(text, [row.result for one in alike for row in one.rows]):
                 found[ratio] = alike
                 break
     return found
-
-
-def _again(held: Held) -> str:
-    """The same study in another folder, where its file is at hand."""
-    if held.given is None:
-        return ""
-    return shlex.join(["shortllama", "study", f"{held.name}/study.toml", "--out", "again"])
-
-
-def _prune(row: Row) -> str:
-    """The command that makes the pruned model; "" for one that is made in steps or by an unknown option."""
-    if row.method not in methods.METHODS or row.label not in (row.method, f"{row.method} (modules)"):
-        return ""
-    words = ["prune", row.model, "--method", row.method, "--ratio", f"{row.ratio:g}"]
-    words += ["--unit", "module"] if row.unit == "module" else []
-    if row.calibration is not None:
-        wanted = row.calibration
-        words += ["--calibration", wanted.source, "--samples", str(wanted.samples), "--length", str(wanted.length)]
-    words += ["--seed", str(row.seed)] if row.seed else []
-    return shlex.join(["shortllama", *words, "--out", _folder(row)])
-
-
-def _folder(row: Row) -> str:
-    return f"{row.method}{'-modules' if row.unit == 'module' else ''}-{row.ratio:g}"
-
-
-def _longer(held: Held, row: Row) -> str:
-    """Twice as much of the same recipe, on the same pruned model; "" where the study does not say what it was."""
-    prune = _prune(row)
-    named_so = {one.label: one for one in (held.given.recipes if held.given else ())}
-    recipe = named_so.get(row.recipe)
-    if not prune or recipe is None or recipe.steps is None or len(recipe.data) != 1:
-        return ""
-    words = ["shortllama", "retrain", _folder(row), *_options(recipe), "--out", f"{_folder(row)}-longer"]
-    return f"{prune} && {shlex.join(words)}"
-
-
-def _options(recipe: Retraining) -> list[str]:
-    assert recipe.steps is not None
-    words = ["--recipe", recipe.recipe, "--data", recipe.data[0], "--steps", str(2 * recipe.steps)]
-    for flag, value in (("--batch", recipe.batch), ("--length", recipe.length), ("--lr", recipe.lr)):
-        words += [] if value is None else [flag, f"{value:g}" if isinstance(value, float) else str(value)]
-    return words

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from bench.report import quantities, wording
-from bench.report.studies import beside, findings, series, tables
+from bench.report.studies import beside, findings, pairing, series, tables
 from bench.report.studies.held import Held
 from bench.report.values import Chart, Finding, Report, Source, Table
 
@@ -89,7 +89,7 @@ def _and(tasks: Sequence[str]) -> str:
 
 def _of(held: Held) -> Parts:
     notes: list[str] = []
-    if not beside.is_papers(held):
+    if not pairing.is_papers(held):
         notes.append(
             f"{quantities.inert(held.model)} is a model of {quantities.count(held.parameters)} parameters and none "
             "of the paper's: beside the paper's numbers, only orders compare."

@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from bench.report import quantities
 from bench.report.studies.held import Held, subject
+from bench.report.studies.importance import Importance, importances
 from bench.report.studies.outcomes import final, mean, outcomes, seven, spread
-from bench.report.studies.series import Importance, importances
 from bench.report.values import Column, Table, Value
 from shortllama.evaluation.results import Quality
 from shortllama.evaluation.tasks import TASKS
