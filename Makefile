@@ -12,7 +12,7 @@ HARNESS := $(VENV)/.installed-eval
 # The oldest supported transformers cannot share an environment with the newest: they need different hub clients.
 OLDEST := $(ROOT)/.venv-oldest
 OLDEST_TESTS := test_shape test_configs test_surgery test_families test_checkpoint test_verification test_runtimes \
-	test_criteria test_perplexity test_quantisation
+	test_runtime_families test_criteria test_perplexity test_quantisation
 # Test files run side by side; each process has one compute thread.
 WORKERS ?= 2
 export OMP_WAIT_POLICY := passive

@@ -11,18 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from recording import Graph, captured_on_host  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from bench.measurement import Graphs  # noqa: E402
 from bench.runtime_rows import ROWS, SIMULATED, refusal  # noqa: E402
 from bench.runtimes import cudagraph, load  # noqa: E402
+from bench.runtimes.caches import Growing, Preallocated  # noqa: E402
 from bench.runtimes.compile import CompiledLoop  # noqa: E402
-from bench.runtimes.eager import Growing  # noqa: E402
 from bench.runtimes.loading import allocating, random_prompt  # noqa: E402
 from bench.runtimes.loop import Loop  # noqa: E402
 from bench.runtimes.paper import PaperSession  # noqa: E402
 from bench.runtimes.protocol import Options, OutOfMemory, Session  # noqa: E402
-from bench.runtimes.static import Preallocated  # noqa: E402
 from bench.subjects import Subject  # noqa: E402
 from shortllama import surgery  # noqa: E402
 from shortllama.errors import InputError  # noqa: E402
@@ -151,15 +151,6 @@ def test_no_step_reads_the_device(name: str, tiny_shape: ModelShape) -> None:
 # -- compiled and captured steps --------------------------------------------------------------------------------------
 
 
-def captured_on_host(step: Callable[[], None], rewind: Callable[[], None], device: str) -> cudagraph.Captured:
-    """What `cudagraph.capture` does, on a device without graphs: warm up, rewind; a replay runs the step itself."""
-    for _ in range(cudagraph.WARM_UPS):
-        rewind()
-        step()
-    rewind()
-    return cudagraph.Captured(step, 123)
-
-
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("output", [1, 2, 24])
 def test_replaying_a_step_produces_the_tokens_of_the_loop(uneven: bool, output: int, tiny_shape: ModelShape) -> None:
@@ -172,6 +163,22 @@ def test_replaying_a_step_produces_the_tokens_of_the_loop(uneven: bool, output: 
     first, second = session.call(), session.call()
     assert (first.tokens, second.tokens, len(second.step_s)) == (10, 10, 4)
     assert session.generate(PROMPTS, output) == expected, "what a cell left behind must not show in the next"
+
+
+def test_a_recording_knows_nothing_of_python() -> None:
+    """The recording of these tests would catch a step that counts on the host."""
+    place, count = torch.zeros(3), [0]
+
+    def step() -> None:
+        place[count[0]] = 1.0
+        count[0] += 1
+
+    with Graph() as recorded:
+        step()
+    recorded.replay()
+    assert place.tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(AssertionError, match="read on the host"), Graph():
+        place.sum().item()
 
 
 def test_a_replay_that_does_nothing_is_noticed(tiny_shape: ModelShape) -> None:

@@ -16,10 +16,10 @@ from torch._dynamo.utils import counters
 
 from bench.measurement import Graphs
 from bench.runtimes import loading
+from bench.runtimes.caches import Steady
 from bench.runtimes.loop import Loop
 from bench.runtimes.marks import Marks
 from bench.runtimes.protocol import Options, Session
-from bench.runtimes.static import Preallocated
 from bench.subjects import Subject
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class CompiledLoop(Loop):
     """A session (see `protocol.Session`) whose decode step is compiled for each cell."""
 
     def __init__(self, model: PreTrainedModel, options: Options) -> None:
-        super().__init__(model, options, Preallocated)
+        super().__init__(model, options, Steady)
         self._next: Step | None = None
 
     def _arrange(self, ids: torch.Tensor, output: int) -> None:

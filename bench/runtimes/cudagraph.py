@@ -14,11 +14,11 @@ import torch
 
 from bench.measurement import Graphs
 from bench.runtimes import loading
+from bench.runtimes.caches import Steady
 from bench.runtimes.loop import Loop
 from bench.runtimes.marks import Marks
 from bench.runtimes.operations import Counted
 from bench.runtimes.protocol import Options, Session
-from bench.runtimes.static import Preallocated
 from bench.subjects import Subject
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class CapturedLoop(Loop):
     """A session (see `protocol.Session`) that replays one captured decode step."""
 
     def __init__(self, model: PreTrainedModel, options: Options, capture: Capture = capture) -> None:
-        super().__init__(model, options, Preallocated)
+        super().__init__(model, options, Steady)
         self._capture = capture
         self._captured: Captured | None = None
 

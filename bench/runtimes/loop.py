@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from bench.measurement import Graphs
+from bench.runtimes import caches
 from bench.runtimes.loading import allocating, random_prompt
 from bench.runtimes.marks import Marks, marks
 from bench.runtimes.operations import Counted
@@ -49,6 +50,7 @@ class Loop:
         self._model: Any = model
         self._options = options
         self._kind = kind
+        self._keyword = caches.keyword(model)
 
     def clock(self) -> float:
         """Return the host's clock, seconds."""
@@ -96,9 +98,8 @@ class Loop:
         return produced
 
     def _step(self, cache: Cache, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        out = self._model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        given = {self._keyword: cache, "use_cache": True, "logits_to_keep": 1}
+        out = self._model(input_ids=ids, position_ids=positions, **given)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     def _check(self, produced: list[torch.Tensor]) -> None:
