@@ -36,12 +36,14 @@ app.command(epilog="Example: shortllama doctor --aa 5")(doctor)
 
 @app.command(epilog="Example: shortllama report runs/mine --out reports/mine")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs: folders or files.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs: folders or files; and studies.", show_default=False)
+    ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report.", show_default=False)] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show the report here; --out is optional then.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Write a report on one or more runs: one HTML page, Markdown, figures as PNG and SVG, tables as CSV."""
+    """Write a report on runs and studies: one HTML page, Markdown, figures as PNG and SVG, tables as CSV."""
     from bench import report as reports
 
     if out is None and not terminal:
