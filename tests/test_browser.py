@@ -14,14 +14,23 @@ from typing import Any
 import pytest
 import report_cases as cases
 import study_cases as studies
+import test_report_advice as advice_cases
+import test_report_verdicts as verdict_cases
+from test_recommendation import ALL
 from test_report import save
 
-from bench.report import write
+from bench import recommendation
+from bench.recommendation import Constraint
+from bench.report import advice, publish, write
 
 pytestmark = pytest.mark.browser
 
-FIGURES = {"quick": 7, "hostile": 6, "oom": 1, "one": 0, "troubled": 1, "simulated": 5, "study": 3, "strange study": 1}
+FIGURES = {
+    "quick": 7, "hostile": 6, "oom": 1, "one": 0, "troubled": 1, "simulated": 5, "study": 3, "strange study": 1,
+    "paper": 8, "sides": 3, "advice": 3, "none fits": 3,
+}  # fmt: skip
 SCREENS = [("quick", 1280, "dark"), ("quick", 768, "light"), ("quick", 390, "light")]
+SCREENS += [(name, 768, "dark") for name in ("paper", "sides", "advice")]
 SCREENS += [(name, width, scheme) for name in FIGURES for width, scheme in ((1280, "light"), (390, "dark"))]
 
 
@@ -70,6 +79,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ):
         write([folder], root / name)
         made[name] = root / name / "index.html"
+    results, quality = cases.llama()
+    write([save(results, root / "runs" / "paper", quality)], root / "paper")
+    write([save(one, root / "runs" / one.path.parent.name) for one in verdict_cases.sides()], root / "sides")
+    for name, limits in (("advice", [Constraint("memory", 12)]), ("none fits", [Constraint("latency", 1.0)])):
+        answer = recommendation.recommend(ALL, limits)
+        publish.save(advice.build(answer, limits, ALL, [advice_cases.SOURCE]), root / name)
+    made |= {name: root / name / "index.html" for name in ("paper", "sides", "advice", "none fits")}
     return made
 
 
@@ -201,6 +217,55 @@ def test_tables_sort_by_number_and_go_back(browser, pages):
         button.click()
         assert page.evaluate(column) == before
         assert visit.messages == []
+
+
+def test_tables_are_filtered_by_words(browser, pages):
+    shown = "[...document.querySelectorAll('section:has(#cells) tbody tr')].filter(r => !r.hidden).length"
+    with Visit(browser, pages["quick"], 1280, "light") as visit:
+        field = visit.page.locator("section:has(#cells) .filter input")
+        every = visit.page.evaluate(shown)
+        field.fill("wanda eager")
+        assert visit.page.evaluate(shown) == 3
+        assert visit.page.locator("section:has(#cells) .filter output").inner_text() == f"3 of {every} rows"
+        field.fill("-wanda -eager")
+        assert visit.page.evaluate(shown) == 12
+        visit.page.locator("section:has(#cells) th:nth-child(4) button").click()
+        assert visit.page.evaluate(shown) == 12, "sorting leaves the filter"
+        field.fill("")
+        assert visit.page.evaluate(shown) == every
+        assert visit.messages == []
+
+
+def test_a_page_is_used_by_keyboard_alone(browser, pages):
+    """Every control is reached by Tab, has a visible focus, and acts on a key."""
+    with Visit(browser, pages["quick"], 1280, "light") as visit:
+        page, seen = visit.page, []
+        for _ in range(200):
+            page.keyboard.press("Tab")
+            tag, outline = page.evaluate(
+                "[document.activeElement.tagName, getComputedStyle(document.activeElement).outlineStyle]"
+            )
+            if tag == "BODY":
+                break
+            seen.append(tag)
+            assert outline != "none", tag
+        assert {"A", "SUMMARY", "BUTTON", "INPUT"} <= set(seen)
+        page.locator("figure summary").first.focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.querySelector('figure details').open")
+
+
+def test_every_figure_says_where_it_comes_from(browser, pages):
+    with Visit(browser, pages["sides"], 1280, "light", java_script_enabled=False) as visit:
+        figures = visit.page.locator("figure")
+        assert figures.count() == FIGURES["sides"]
+        for place in range(figures.count()):
+            figures.nth(place).locator("summary").click()
+            text = figures.nth(place).locator("details").inner_text()
+            assert {"base", "head"} <= set(text.split()), "both runs"
+            assert "0123abc4567-dirty" in text
+            name = figures.nth(place).get_attribute("id")
+            assert figures.nth(place).locator(f"h3 a[href='#{name}']").count() == 1
 
 
 def test_a_page_works_without_scripts(browser, pages):

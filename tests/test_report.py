@@ -648,3 +648,34 @@ def test_missing_memory_and_parameters_are_shown_as_missing():
     more = msgspec.structs.replace(bare, cell=msgspec.structs.replace(bare.cell, batch=2), memory=Memory(allocated=5))
     report = build([msgspec.structs.replace(results, measurements=(bare, more))])
     assert column(table(report, "cells"), "peak_bytes") == [None, 5]
+
+
+def test_rows_with_no_more_than_the_schema_asks_give_a_report(tmp_path):
+    """What an older version wrote: no memory, telemetry, physics, parameters or digest, and no facts of the machine."""
+    env, keys = cases.machine(), {"cell", "cell_id", "environment", "outcome", "simulated", "session"}
+    lines = [{"kind": "environment", "id": env.id, "fingerprint": {"device": "X"}}]
+    for subject, scale in (("m", 2.0), ("m/depth-2", 1.0)):
+        for batch in (1, 8):
+            cell = Cell(subject, "eager", "float32", "sdpa", 12, 32, "none", batch)
+            plain = msgspec.to_builtins(cases.row(cell, env))
+            kept = {"kind": "measurement", **{key: plain[key] for key in keys}}
+            lines.append({**kept, "samples": {"call_s": [scale * (1 + i / 1000) for i in range(10)]}})
+    file = tmp_path / "measurements.jsonl"
+    file.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    report = write([file], tmp_path / "report")
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert {one.name for one in report.charts} == {"latency-throughput", "latency-batch", "throughput-batch"}
+    assert column(table(report, "cells"), "peak_bytes") == [None] * 4
+    assert column(table(report, "cells"), "speedup")[2:] == pytest.approx([2.0, 2.0])
+
+
+def test_a_large_table_is_cut_in_the_page_and_whole_in_its_csv(tmp_path):
+    subjects = {"m": (4, 1e6, 10**6), **{f"m/depth-{i}": (i, 1e5 * i, 10**5 * i) for i in range(1, 301)}}
+    results = cases.sweep(subjects, {"eager": 1.0, "static": 0.7}, tuple(range(1, 11)), limit=1e18, budget="none")
+    run, out = tmp_path / "measurements.jsonl", tmp_path / "report"
+    run.write_bytes(b"".join(map(store.encode, (*results.environments.values(), *results.measurements))))
+    write([run], out)
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "The first 5000 of 6020 rows; the CSV has them all." in page
+    assert len((out / "tables" / "cells.csv").read_text(encoding="utf-8").splitlines()) == 6021
+    assert len(page) < 12e6, "and so of a hundred thousand cells, too"

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from bench.report import palette, quantities
 from bench.report.figures import vector
 from bench.report.figures.pictures import Picture
+from bench.report.markdown import MOST_ORIGINS
 from bench.report.values import Chart, Column, Report, Table, Value
 
 LARGEST_TABLE = 5000  # rows a browser still sorts at once; the CSV has them all
@@ -32,6 +33,7 @@ def render(report: Report, pictures: Mapping[str, Picture]) -> str:
         report=report,
         pictures={chart.name: _inline(chart, pictures[chart.name]) for chart in report.charts},
         tables=[(table, _columns(table), table.rows[:LARGEST_TABLE]) for table in report.tables],
+        most_origins=MOST_ORIGINS,
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         style=Markup(stylesheet()),
         script=Markup(script),

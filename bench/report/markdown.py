@@ -9,6 +9,7 @@ from bench.report import quantities
 from bench.report.values import Chart, Column, Finding, Report, Source, Table, Value
 
 LARGEST_TABLE = 1000
+MOST_ORIGINS = 4  # under one figure
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|$~!&])")
 
 
@@ -55,7 +56,17 @@ def _chart(chart: Chart) -> str:
         escape(chart.reading),
         f"<sub>{' · '.join(escape(fact) for fact in facts if fact)} · "
         f"[SVG](figures/{chart.name}.svg) · [CSV](figures/{chart.name}.csv)</sub>",
+        *[f"<sub>{text}</sub>" for text in [_origins(chart.origins)] if text],
     ])  # fmt: skip
+
+
+def _origins(sources: Sequence[Source]) -> str:
+    """Say of what a figure was made, and with which commands it is made again."""
+    lines: list[str] = []
+    for one in sources[:MOST_ORIGINS]:
+        again = f"again with {code(one.command)}" if one.command else ""
+        lines.append(" · ".join(part for part in (escape(one.made), again) if part))
+    return "; ".join(line for line in lines if line)
 
 
 def _table(table: Table) -> str:

@@ -201,6 +201,7 @@ def make(
         diagonals=name == "latency-throughput",
         left_out=_left_out(grid, panels),
         constant=constant.strip(" ·"),
+        origins=tuple(grid.sources[e] for e in environments if e in grid.sources),
     )
 
 

@@ -127,6 +127,7 @@ def charts(found: Sequence[History], grid: Grid) -> tuple[Chart, ...]:
         "not explain. The table names the runs.",
         alternative=_alternative(found, grid, runs), simulated=simulated,
         left_out=_left_out(len(drawn), panels.values()), constant=constant.strip(" ·"),
+        origins=tuple(grid.sources[name] for name in used if name in grid.sources),
     )  # fmt: skip
     return (chart,)
 

@@ -36,6 +36,12 @@ class Source(msgspec.Struct, frozen=True):
         return " · ".join(part for part in (self.device, self.side) if part)
 
     @property
+    def made(self) -> str:
+        """Run, suite and commit in one line."""
+        suite = f"suite {self.suite}" if self.suite else ""
+        return " · ".join(part for part in (self.run, suite, f"commit {self.commit}" if self.commit else "") if part)
+
+    @property
     def line(self) -> str:
         """Device, side, versions and date in one line."""
         return " · ".join(part for part in (self.place, self.versions, self.date) if part)
@@ -159,7 +165,7 @@ class Chart(msgspec.Struct, frozen=True):
     """One figure. `form` picks the drawing; `reading` tells how to read it; `alternative` replaces it for the blind.
 
     `diagonals`: points of equal batch lie on one line of slope -1 (throughput x latency = tokens), drawn and labelled.
-    `ring`: what the rings of `Series.changes` say.
+    `ring`: what the rings of `Series.changes` say; `origins`: the sources of what is drawn, none: all of the report's.
     """
 
     name: str
@@ -176,6 +182,7 @@ class Chart(msgspec.Struct, frozen=True):
     left_out: str = ""
     constant: str = ""
     ring: str = "a new level"
+    origins: tuple[Source, ...] = ()
 
 
 class Finding(msgspec.Struct, frozen=True):

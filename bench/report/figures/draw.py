@@ -64,7 +64,9 @@ def _heading(chart: Chart, size: Size) -> list[tuple[str, float, str, str]]:
     if not size.heading:
         return []
     lines = [(chart.title, 17.0, "ink", "bold")]
-    lines += [(text, 12.0, "muted", "normal") for text in (chart.constant, chart.source, chart.left_out) if text]
+    made = "; ".join(dict.fromkeys(one.made for one in chart.origins[:2]))
+    facts = (chart.constant, chart.source, made, chart.left_out)
+    lines += [(text, 12.0, "muted", "normal") for text in facts if text]
     return [(fitting(text, font, size.width - 4, weight), font, colour, weight) for text, font, colour, weight in lines]
 
 

@@ -1,8 +1,10 @@
 "use strict";
-// Makes tables sortable: a button in every heading. Without scripts they are plain tables in the order of the run.
+// Makes tables sortable, by a button in every heading, and filterable, by words. Without scripts they are plain tables in
+// the order of the run.
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   const original = [...body.rows];
+  if (original.length >= 8) table.parentElement.before(filter(table, original));
   [...table.tHead.rows[0].cells].forEach((heading, column) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -16,6 +18,26 @@ for (const table of document.querySelectorAll("table")) {
       body.append(...(order === "none" ? original : sorted(original, column, order === "ascending" ? 1 : -1)));
     });
   });
+}
+
+// A row stays where each word is in its text; a word after a minus sign must not be.
+function filter(table, rows) {
+  const label = document.createElement("label");
+  const input = document.createElement("input");
+  const count = document.createElement("output");
+  input.type = "search";
+  input.placeholder = "words, -not these";
+  label.className = "filter";
+  label.append("Filter ", input, " ", count);
+  const texts = rows.map((row) => row.textContent.toLowerCase());
+  input.addEventListener("input", () => {
+    const words = input.value.toLowerCase().split(/\s+/).filter((word) => word.replace("-", ""));
+    const keep = (text, word) => (word.startsWith("-") ? !text.includes(word.slice(1)) : text.includes(word));
+    rows.forEach((row, i) => { row.hidden = !words.every((word) => keep(texts[i], word)); });
+    const shown = rows.filter((row) => !row.hidden).length;
+    count.textContent = words.length ? `${shown} of ${rows.length} rows` : "";
+  });
+  return label;
 }
 
 function sorted(rows, column, sign) {
