@@ -312,8 +312,8 @@ def tell_retraining(told: Told, say: Callable[[str], None]) -> None:
         teacher = f", teacher {size(need.teacher)}" if need.teacher else ""
         say(
             f"memory: about {size(need.total)} (weights {size(need.weights)}, gradients and optimizer "
-            f"{size(need.training)}, kept for backward {size(need.kept)}, logits {size(need.logits)}{teacher}); "
-            f"{size(told.free)} are free"
+            f"{size(need.training)}, kept for backward {size(need.kept)}, logits {size(need.logits)}{teacher}; not all "
+            f"at once) beside the process itself; {size(told.free)} are free"
         )
         if need.total > told.free:
             say("note: that may not fit; lower --micro-batch or --length, or give --checkpointing")

@@ -189,7 +189,9 @@ def _told(model: Any, recipe: Recipe, data: Sequence[Any], teacher: Teacher | No
     stages = [loop.resolved(stage, device) for stage in recipe.stages]
     other = None if teacher is None else surgery.shape_of(teacher.model)
     found = tuple(
-        memory.estimate(shape, stage, length=one.longest, stored=surgery.dtype_name(model), teacher=other)
+        memory.estimate(
+            shape, stage, length=one.longest, stored=surgery.dtype_name(model), teacher=other, device=str(device)
+        )
         for stage, one in zip(stages, data, strict=True)
     )
     return Told(Recipe(recipe.name, tuple(stages)), found, free, tuple(one.data for one in data))
