@@ -667,15 +667,3 @@ def test_rows_with_no_more_than_the_schema_asks_give_a_report(tmp_path):
     assert {one.name for one in report.charts} == {"latency-throughput", "latency-batch", "throughput-batch"}
     assert column(table(report, "cells"), "peak_bytes") == [None] * 4
     assert column(table(report, "cells"), "speedup")[2:] == pytest.approx([2.0, 2.0])
-
-
-def test_a_large_table_is_cut_in_the_page_and_whole_in_its_csv(tmp_path):
-    subjects = {"m": (4, 1e6, 10**6), **{f"m/depth-{i}": (i, 1e5 * i, 10**5 * i) for i in range(1, 301)}}
-    results = cases.sweep(subjects, {"eager": 1.0, "static": 0.7}, tuple(range(1, 11)), limit=1e18, budget="none")
-    run, out = tmp_path / "measurements.jsonl", tmp_path / "report"
-    run.write_bytes(b"".join(map(store.encode, (*results.environments.values(), *results.measurements))))
-    write([run], out)
-    page = (out / "index.html").read_text(encoding="utf-8")
-    assert "The first 5000 of 6020 rows; the CSV has them all." in page
-    assert len((out / "tables" / "cells.csv").read_text(encoding="utf-8").splitlines()) == 6021
-    assert len(page) < 12e6, "and so of a hundred thousand cells, too"
