@@ -331,14 +331,14 @@ def load(source: Source, *, device: str | None = None, trust_remote_code: bool =
     """Return (model, tokenizer or None) on `device`; None: see `compute_device`.
 
     On a CPU weights are float32: 16-bit arithmetic is slow there, and coarse. On a GPU they stay as stored. Those of a
-    source that says so in its shape are quantised.
+    source that says so in its shape are quantised, on a GPU from bfloat16, which all its kernels know.
     """
     from shortllama import checkpoint
 
     device = compute_device(device)
     return checkpoint.load(
         sources.fetch(source),
-        dtype="float32" if device == "cpu" else None,
+        dtype="float32" if device == "cpu" else "bfloat16" if source.shape.quantised else None,
         device=device,
         trust_remote_code=trust_remote_code,
         quantised=source.shape.quantised,

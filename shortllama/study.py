@@ -24,7 +24,7 @@ from shortllama.plans import Target
 from shortllama.removals import Unit
 from shortllama.retraining import recipes
 from shortllama.retraining.recipes import Recipe
-from shortllama.shape import ModelShape
+from shortllama.shape import QUANTISED, ModelShape
 from shortllama.variants import LLM_PRUNER, MAGNITUDES, Variant
 
 SELF = "self"
@@ -137,7 +137,10 @@ class Evaluating(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The whole file."""
+    """The whole file.
+
+    `quantised`: how the weights of every result, and of the dense model, are held: none (as they are), int8, int4.
+    """
 
     schema: Literal["shortllama.study/1"]
     model: str
@@ -147,6 +150,7 @@ class Study(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     calibrations: tuple[Calibration, ...] = (Calibration(),)
     recipes: tuple[Retraining, ...] = (Retraining(recipe=NONE),)
     seeds: tuple[int, ...] = (0,)
+    quantised: tuple[str, ...] = (NONE,)
     keep_weights: bool = False
 
 
@@ -184,26 +188,37 @@ class Pruned(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Run(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One run: a pruned model, and its retraining with a seed, or None for both."""
+    """One run: a pruned model, its retraining with a seed, or None for both, and int8 or int4 where it is quantised."""
 
     pruned: Pruned
     recipe: Retraining | None = None
     seed: int | None = None
+    quantised: str = ""
+
+    @property
+    def made(self) -> str:
+        """What is done to the pruned model: the recipe's label, and how its weights are then held."""
+        return (NONE if self.recipe is None else self.recipe.label) + (f"+{self.quantised}" if self.quantised else "")
+
+    @property
+    def plain(self) -> Run:
+        """The same run before it is quantised."""
+        return msgspec.structs.replace(self, quantised="")
 
     @property
     def id(self) -> str:
         """Readable, a file name, and different for different values."""
-        recipe = NONE if self.recipe is None else self.recipe.label
         seed = self.pruned.seed if self.seed is None else self.seed
-        return _id(self, self.pruned.method.label, f"{self.pruned.ratio:g}", recipe, f"s{seed or 0}")
+        return _id(self, self.pruned.method.label, f"{self.pruned.ratio:g}", self.made, f"s{seed or 0}")
 
     @property
     def subject(self) -> str:
         """What reports call it."""
+        held = f"+{self.quantised}" if self.quantised else ""
         if self.recipe is None:
-            return self.pruned.subject
+            return self.pruned.subject + held
         seed = f" seed {self.seed}" if self.seed and not self.pruned.seed else ""
-        return f"{self.pruned.subject} + {self.recipe.label}{seed}"
+        return f"{self.pruned.subject} + {self.recipe.label}{seed}{held}"
 
 
 def read(path: Path) -> Study:
@@ -239,7 +254,9 @@ def grid(study: Study) -> tuple[Run, ...]:
 
 def _runs(study: Study, pruned: Pruned, seed: int) -> list[Run]:
     asked = [one for one in study.recipes if one.ratios is None or pruned.ratio in one.ratios]
-    return [Run(pruned) if one.recipe == NONE else Run(pruned, _everywhere(one), seed) for one in asked]
+    plain = [Run(pruned) if one.recipe == NONE else Run(pruned, _everywhere(one), seed) for one in asked]
+    held = ["" if one == NONE else one for one in study.quantised]
+    return [msgspec.structs.replace(run, quantised=one) for run in plain for one in held]
 
 
 def _everywhere(one: Retraining) -> Retraining:
@@ -289,9 +306,10 @@ def targets(row: Method, ratio: float, blocks: int) -> tuple[Target, ...]:
 
 def check(study: Study, shape: ModelShape, positions: int | None, where: str) -> None:
     """Raise InputError, naming the key, for all that can be refused before a model is loaded."""
-    for key in ("methods", "ratios", "calibrations", "recipes", "seeds"):
+    for key in ("methods", "ratios", "calibrations", "recipes", "seeds", "quantised"):
         if not getattr(study, key):
             raise InputError(f"{where}: $.{key} is empty; give at least one")
+    _check_quantised(study, where)
     labels = [one.label for one in study.recipes]
     for number, one in enumerate(study.recipes):
         at = f"{where}: $.recipes[{number}]"
@@ -320,6 +338,13 @@ def check(study: Study, shape: ModelShape, positions: int | None, where: str) ->
 
 def _listed(ratios: tuple[float, ...]) -> str:
     return ", ".join(f"{ratio:g}" for ratio in ratios)
+
+
+def _check_quantised(study: Study, where: str) -> None:
+    known = (NONE, *QUANTISED)
+    for number, one in enumerate(study.quantised):
+        if one not in known:
+            raise InputError(f"{where}: $.quantised[{number}] is {one!r}; expected one of {', '.join(known)}")
 
 
 def _within(at: str, action: Callable[[], object]) -> None:

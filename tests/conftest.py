@@ -69,6 +69,14 @@ def harness() -> None:
         missing("lm-evaluation-harness is not installed: pip install 'shortllama[eval]'")
 
 
+@pytest.fixture(scope="session")
+def torchao() -> None:
+    """torchao, an extra: absent only where somebody chose so, which CI does not."""
+    if find_spec("torchao") is None:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing("torchao is not installed: pip install 'shortllama[quant]'")
+
+
 @pytest.fixture
 def tiny_shape():
     """4 blocks, hidden 64, GQA 8/4 heads of 8, FFN 96, vocabulary 97, untied."""

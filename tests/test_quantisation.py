@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from importlib.util import find_spec
 
 import msgspec
 import numpy as np
@@ -25,14 +23,6 @@ from shortllama.errors import InputError, UnsupportedError
 from shortllama.shape import ModelShape
 
 HELD = ("int8", "int4")
-
-
-@pytest.fixture(scope="module")
-def torchao() -> None:
-    """An extra: absent only where somebody chose so, which CI does not."""
-    if find_spec("torchao") is None:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing("torchao is not installed: pip install 'shortllama[quant]'")
 
 
 def held_as(given: ModelShape, held: str) -> ModelShape:

@@ -167,6 +167,8 @@ def test_parts_of_a_way_in_steps_remove_what_the_ratio_removes(ratio: float):
         ("steps = 3", "steps = 3\nratios = [0.3]", r"\$.recipes\[1\].ratios: 0.3 is no ratio.* has 0.25, 0.5"),
         ("[0.25, 0.5]", "[1.5]", "1.5 is outside"),
         ("[0.25, 0.5]", "[]", r"\$.ratios is empty"),
+        ("[0.25, 0.5]", "[0.5]\nquantised = []", r"\$.quantised is empty"),
+        ("[0.25, 0.5]", '[0.5]\nquantised = ["int3"]', r"\$.quantised\[0\] is 'int3'; expected one of none, int8"),
         ('recipe = "lora"', 'recipe = "lroa"', r"\$.recipes\[1\]: recipe 'lroa' is unknown; did you mean 'lora'"),
         ('name = "short"', 'name = "none"', "called 'none'"),
         ('data = ["ids:ids.jsonl"]\n', "", "0 sources in data"),
@@ -229,6 +231,34 @@ def test_a_study_ends_in_rows_tables_and_no_weights(folder: Path, command):
     assert command("show", "out")[1] == out
     document = json.loads(command("show", "out", "--json")[1])
     assert [line["runs"] for line in document["summary"]["perplexity"]] == [1, 1, 1, 1]
+
+
+def test_a_quantised_result_is_one_more_run_on_the_same_weights(torchao, folder: Path, command):
+    """Retrained once, and held in two ways; the dense model is too."""
+    text = SMALL.replace("[0.25, 0.5]", '[0.25]\nquantised = ["none", "int8"]')
+    runs = study.grid(parse(text))
+    assert [run.made for run in runs] == ["none", "none+int8", "short", "short+int8"]
+    assert [run.plain.id for run in runs] == [runs[0].id] * 2 + [runs[2].id] * 2
+    assert {run.id for run in study.grid(parse(SMALL))} > {runs[0].id, runs[2].id}
+    (folder / "held.toml").write_text(text)
+    code, out, said = command("study", "held.toml", "--out", "out", "--device", "cpu")
+    assert code == 0, said
+    plain, eighth, taught, taught_eighth = rows.read(folder / "out")
+    assert [row.recipe for row in (eighth, taught_eighth)] == ["none+int8", "short+int8"]
+    assert eighth.before == plain.before
+    assert eighth.after is not None
+    assert taught.after is not None
+    assert taught_eighth.after is not None
+    (name,) = plain.before.perplexity
+    before, after = plain.before.perplexity[name].nll, eighth.after.perplexity[name].nll
+    assert 0 < abs(after - before) < 0.05
+    assert abs(taught_eighth.after.perplexity[name].nll - taught.after.perplexity[name].nll) < 0.05
+    assert taught_eighth.costs["retraining"] == taught.costs["retraining"]
+    assert not list((folder / "out").rglob("*.safetensors"))
+    subjects = read_evaluation(folder / "out" / "quality.json").subjects
+    assert (eighth.subject, taught_eighth.subject) == (f"{plain.subject}+int8", f"{taught.subject}+int8")
+    assert {"dense", "dense+int8", eighth.subject, taught_eighth.subject} <= set(subjects)
+    assert "short+int8" in out
 
 
 def test_finished_runs_are_not_repeated_and_a_torn_line_is_cut(folder: Path, command):

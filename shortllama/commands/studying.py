@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shortllama import console, display, files, options, sources
+from shortllama import console, display, files, options, quantisation, sources
 from shortllama import study as studies
 from shortllama.errors import InputError
 from shortllama.studies import rows, summary, work
@@ -49,6 +49,8 @@ def study(
         return
     if out is None:
         raise InputError("nothing says where results go; give --out DIR, or --dry-run")
+    if any(one != studies.NONE for one in given.quantised):
+        quantisation.require()
     options.check_output_folder(out, work.MARK)
     work.begin(given, files.read_bytes(path), out, resume=resume)
     settings = work.Settings(device, data_dir, trust_remote_code)
@@ -83,7 +85,7 @@ def _list(runs: tuple[Run, ...], positions: int | None, done: tuple[rows.Row, ..
     listed: list[dict[str, Any]] = []
     for run in runs:
         tokens = studies.tokens(run, positions)
-        seconds = _seconds(tokens["retraining"], run.recipe.label if run.recipe else studies.NONE, done)
+        seconds = _seconds(tokens["retraining"], run.plain.made, done)
         told = {"id": run.id, "subject": run.subject, "finished": run.id in finished}
         listed.append({**told, "tokens": tokens, "retraining_s": seconds})
     if as_json:

@@ -87,15 +87,20 @@ class Work:
         for run in group:
             if run.id in done:
                 self._tidy(self.out / "runs" / run.id)
+                self._tidy(self.out / "runs" / run.plain.id)
         if all(run.id in done for run in group):
             self._tidy(self.out / "pruned" / pruned.id)
 
     # -- what is evaluated --------------------------------------------------------------------------------------------
 
     def _dense(self) -> None:
-        if not (self.out / "dense.json").exists():
-            quality = self._measure(self.source, "dense")
-            write_evaluation(self.out / "dense.json", Evaluation({self.study.model: quality}))
+        file = self.out / "dense.json"
+        found = dict(read_evaluation(file).subjects) if file.exists() else {}
+        for held in ("", *(one for one in self.study.quantised if one != study.NONE)):
+            source = _held(self.source, held)
+            if source.name not in found:
+                found[source.name] = self._measure(source, "dense")
+                write_evaluation(file, Evaluation(found))
 
     def _measure(self, source: Source, what: str) -> Quality:
         from shortllama.studies.measuring import Meter
@@ -125,13 +130,18 @@ class Work:
         if run.recipe is not None:
             if not (base / MODEL).exists():
                 self._weights(run.pruned, base)
-            self._retrain(base / MODEL, run.recipe, run.seed or 0, folder / MODEL, run.id)
-            after = self._measure(sources.from_folder(run.subject, folder / MODEL), run.id)
-            known = record.read(folder / MODEL)
+            taught = self.out / "runs" / run.plain.id / MODEL  # once, however its weights are then held
+            self._retrain(base / MODEL, run.recipe, run.seed or 0, taught, run.id)
+            after = self._measure(_held(sources.from_folder(run.plain.subject, taught), run.quantised), run.id)
+            known = record.read(taught)
             assert known is not None, "just retrained"
             files.write_atomically(folder / record.FILE, files.encode_json(known))
             mine = known.stages[len(known.stages) - len(self._recipe(run.recipe, 0).stages) :]
             costs |= _named("retraining", [one.cost for one in mine])
+        elif run.quantised:
+            if not (base / MODEL).exists():
+                self._weights(run.pruned, base)
+            after = self._measure(_held(sources.from_folder(run.pruned.subject, base / MODEL), run.quantised), run.id)
         elif self.study.keep_weights:
             self.note(f"{run.id}: its weights are in {base / MODEL}")
         write_evaluation(folder / EVAL, Evaluation({run.subject: after or before}))
@@ -154,7 +164,7 @@ class Work:
             achieved=plan.achieved,
             parameters=plans.shape_of(plan, self.source.shape).parameters,
             calibration=pruned.calibration,
-            recipe=study.NONE if run.recipe is None else run.recipe.label,
+            recipe=run.made,
             seed=pruned.seed if run.seed is None else run.seed,
             before=before,
             after=after,
@@ -339,6 +349,14 @@ class Work:
         if not self.study.keep_weights:
             for path in (folder / MODEL, *folder.glob(f"step-*/{MODEL}"), *folder.glob("step-*/pruned")):
                 files.remove_folder(path)
+
+
+def _held(source: Source, held: str) -> Source:
+    """The model with its weights held as int8 or int4; "" leaves them."""
+    if not held:
+        return source
+    shape = msgspec.structs.replace(source.shape, quantised=held)
+    return msgspec.structs.replace(source, name=f"{source.name}+{held}", shape=shape)
 
 
 def _named(name: str, costs: list[Cost]) -> dict[str, Cost]:
