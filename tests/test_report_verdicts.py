@@ -109,7 +109,7 @@ def test_the_table_holds_every_change_worst_first() -> None:
     assert (row["verdict"], row["pairs"]) == ("regressed", 5)
     assert row["ratio"] == pytest.approx(1.1, rel=0.01)
     assert row["ratio_interval"][0] < row["ratio"] < row["ratio_interval"][1]
-    assert one.constant == "base: base · head: head"
+    assert one.constant == "base: base · head: head", "no notes of an experiment"
     rows = list(csv.DictReader(delimited.table(one).splitlines()))
     assert float(rows[0]["head_value"]) / float(rows[0]["base_value"]) == pytest.approx(
         float(rows[0]["ratio"]), rel=0.01

@@ -67,6 +67,11 @@ def ratio(value: float) -> str:
     return f"{f'{value:.2f}' if abs(value) < 9.995 else significant(value)}{TIMES}"
 
 
+def change(value: float) -> str:
+    """Return a ratio near one with three decimals: what the gate tells apart is a per cent or two."""
+    return f"{value:.3f}{TIMES}"
+
+
 def share(value: float) -> str:
     """A share of 0-1 as a whole percentage: "25 %"."""
     return f"{100 * value:.0f}{SPACE}%"
@@ -83,6 +88,7 @@ FORMATS = {
     "parameters": count,
     "FLOP/s": rate,
     "ratio": ratio,
+    "change": change,
     "share": share,
     "accuracy": accuracy,
     "tokens/s": significant,

@@ -164,19 +164,22 @@ def tables(found: Sequence[Judged], grid: Grid) -> tuple[Table, ...]:
 _COLUMNS = (
     Column("cell", "Cell"), Column("between", "Between"), Column("metric", "Metric"), Column("verdict", "Verdict"),
     Column("base", "Base"), Column("head", "Head"), Column("base_value", "Base"), Column("head_value", "Head"),
-    Column("ratio", "Head over base", "ratio"), Column("ratio_interval", "95 % interval", "ratio", interval=True),
-    Column("detectable", "Detectable", "share"), Column("pairs", "Pairs", "integer"), Column("reason", "Why"),
+    Column("ratio", "Head over base", "change"),
+    Column("ratio_interval", "95 % interval", "change", interval=True),
+    Column("detectable", "Detectable", "accuracy"), Column("pairs", "Pairs", "integer"), Column("reason", "Why"),
 )  # fmt: skip
 _POOLED = (
     Column("subject", "Subject"), Column("between", "Between"), Column("metric", "Metric"),
-    Column("verdict", "Verdict"), Column("ratio", "Head over base", "ratio"),
-    Column("ratio_interval", "95 % interval", "ratio", interval=True), Column("cells", "Cells", "integer"),
+    Column("verdict", "Verdict"), Column("ratio", "Head over base", "change"),
+    Column("ratio_interval", "95 % interval", "change", interval=True), Column("cells", "Cells", "integer"),
     Column("pairs", "Pairs", "integer"),
 )  # fmt: skip
 
 
 def _between(one: Judged) -> str:
-    return f"base: {one.names[0]} · head: {one.names[1]}"
+    """What the sides are: as the experiment says, else by what tells them apart."""
+    plain = f"base: {one.names[0]} · head: {one.names[1]}"
+    return " · ".join(one.found.notes) or plain
 
 
 def _row(one: Judged, change: Change) -> tuple[Value, ...]:

@@ -311,7 +311,9 @@ def _trace(axes: Axes, series: Series) -> list[Box]:
     pixels = [tuple(map(float, axes.transData.transform((point.x, point.y)))) for point in series.points]
     if series.oom is not None:
         pixels.append(cross(axes, series))
-    boxes = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    judged = {place for place, _ in series.verdicts}
+    rooms = [VERDICT / 2 + 3 if place in judged else 5.0 for place in range(len(pixels))]
+    boxes = [Box(x - r, y - r, x + r, y + r) for (x, y), r in zip(pixels, rooms, strict=True)]
     for (x0, y0), (x1, y1) in pairwise(pixels):
         steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 5))
         for i in range(steps):
