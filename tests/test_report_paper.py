@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import report_cases as cases
@@ -137,8 +139,10 @@ def test_what_ran_out_of_memory_says_so() -> None:
     assert named(report, "paper-table-1").rows[0][1] == "vicuna-13b-v1.3"
 
 
-def test_cells_of_another_protocol_are_not_set_beside() -> None:
-    results = cases.sweep({"llama-7b": (32, 13.5e9, 6_738_000_000)}, {"eager": 1.0}, (1,), dtype="float32", limit=80e9)
+@pytest.mark.parametrize("other", [{"dtype": "float32"}, {"budget": "24GiB"}, {"prompt": 13}])
+def test_cells_of_another_protocol_are_not_set_beside(other: dict[str, Any]) -> None:
+    protocol: dict[str, Any] = {"dtype": "float16", "budget": "none", "prompt": 12, "outputs": (128,), "limit": 80e9}
+    results = cases.sweep({"llama-7b": (32, 13.5e9, 6_738_000_000)}, {"eager": 1.0}, (1,), **protocol | other)
     names = [one.name for one in report_of(results).tables]
     assert "paper-table-1" in names
     assert not {"paper-table-2", "paper-table-9", "paper-differences"} & set(names)

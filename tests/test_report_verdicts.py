@@ -46,6 +46,15 @@ def run(
     return Results(Path(name) / "measurements.jsonl", {env.id: env}, tuple(rows), ())
 
 
+def few(batches: set[int], name: str) -> Results:
+    """One session of a grid of its own."""
+    of = run({}, name=name, pairs=1)
+    row = of.measurements[0]
+    cells = [msgspec.structs.replace(row.cell, batch=batch) for batch in sorted(batches)]
+    rows = tuple(msgspec.structs.replace(row, cell=cell, cell_id=cell.id, tokens=32 * cell.batch) for cell in cells)
+    return Results(of.path, of.environments, rows, ())
+
+
 def design(**more: object) -> Design:
     return Design("x", "main", "branch", **more)  # pyright: ignore[reportArgumentType]
 
@@ -160,6 +169,7 @@ def test_one_session_a_side_is_inconclusive_on_the_figures_too() -> None:
         [run({}, name=name) for name in "abc"],  # a history: see the trend
         [run({}, name="a"), run({}, name="b", device="NVIDIA L4")],  # two devices
         [run({}, name="a"), run({}, name="b", subject="other")],  # no cell in common
+        [run({}, name="a"), few({8, 16, 32}, "b")],  # another grid, one batch in common
         list(cases.two_devices()),
     ],
 )

@@ -1,7 +1,7 @@
 """What the gate says of two runs of a report: marks for its figures, a table of every change, a finding. Pure.
 
 Two runs are judged against each other where they are the sides of one experiment (`ab`), or where they are the only two
-runs on one fingerprint and have cells in common. The verdicts are those of `compare`, by the same code. Where code or
+runs on one fingerprint and ran the same cells. The verdicts are those of `compare`, by the same code. Where code or
 date is what differs, the two runs keep apart in every figure; sides that are two subjects stand in one panel anyway.
 """
 
@@ -54,11 +54,12 @@ def _experiment(results: Sequence[Results], one: int, other: int) -> bool:
 
 
 def _alike(results: Sequence[Results], one: int, other: int) -> bool:
-    """Whether these two are the only runs on a fingerprint, and share a cell there."""
+    """Whether these two are the only runs on a fingerprint, and half of the smaller one's cells are the other's, too:
+    a sweep and a search for the end of memory are two views of one state, not two states."""
     for key in results[one].environments.keys() & results[other].environments.keys():
         if sum(key in run.environments for run in results) == 2:
             cells = [{m.cell for m in results[place].measurements if m.environment == key} for place in (one, other)]
-            if cells[0] & cells[1]:
+            if 2 * len(cells[0] & cells[1]) >= max(1, min(map(len, cells))):
                 return True
     return False
 
