@@ -170,8 +170,9 @@ def _plan(source: Source, choice: Choice, scores: Scores | None, seed: int | Non
 
 def base_name(source: Source) -> str:
     """Return what a plan calls its base: the name given, but of a local folder the last part only (no host paths)."""
-    local = source.folder is not None and not source.on_hub and source.name != sources.REFERENCE
-    return source.folder.resolve().name if local and source.folder else source.name
+    held = f"+{source.shape.quantised}" if source.shape.quantised else ""
+    local = source.folder is not None and not source.on_hub and source.name != sources.REFERENCE + held
+    return source.folder.resolve().name + held if local and source.folder else source.name
 
 
 def score(

@@ -298,3 +298,18 @@ def test_a_session_loads_a_quantised_subject(torchao, folder) -> None:
     assert quantisation.held_bytes(model) == subject.shape.weight_bytes("float32")
     assert families.adapter(model).blocks[0].mlp.down_proj.weight.qdata.dtype == torch.int8
     assert logits(model, IDS).isfinite().all()
+
+
+def test_an_evaluation_is_kept_under_the_name_given_on_text_of_the_float_model(torchao, folder, tmp_path) -> None:
+    from shortllama import pruning
+    from shortllama.evaluation import named
+
+    held, plain = (sources.locate_held(f"{folder}{suffix}") for suffix in ("+int8", ""))
+    wanted = named.Wanted(texts=("self@window=16",), limit=2, device="cpu")
+    ours = named.evaluate(held, wanted).subjects
+    theirs = named.evaluate(plain, wanted).subjects
+    assert (list(ours), list(theirs)) == (["tiny+int8"], ["tiny"])
+    one, other = (found.perplexity["self@window=16"] for found in (ours["tiny+int8"], theirs["tiny"]))
+    assert one.digest == other.digest
+    assert one.nll != other.nll
+    assert pruning.base_name(sources.locate_held("reference+int4")) == "reference+int4"

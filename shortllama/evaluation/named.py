@@ -43,7 +43,8 @@ def evaluate(
     """Return all that is wanted of a named model, and of the one it is compared with; tell `note` what to beware of.
 
     Text `self` is sampled from the dense model: the one compared with, else, for a pruned folder, the base that its
-    plan names. Raises InputError for whatever cannot be done, most of it before a model is loaded.
+    plan names, and for a quantised model the one that it was made from. Raises InputError for whatever cannot be done,
+    most of it before a model is loaded.
     """
     report = progress or (lambda what, done, total: None)
     _require_something(wanted)
@@ -63,7 +64,7 @@ def evaluate(
         zeroshot.check(model, tokenizer, local, wanted.limit)
     other = None if wanted.against is None else _load(wanted.against, wanted)[0]
     dense = other or model
-    base = pruning.dense_base(source) if other is None and calibration.SELF in sources else None
+    base = _base(source) if other is None and calibration.SELF in sources else None
     if base is not None:
         dense = _load(base, wanted)[0]
     ours, theirs = _perplexities(model, tokenizer, dense, (names[-1], other), wanted, report)
@@ -74,6 +75,14 @@ def evaluate(
     if other is not None and names[0] != names[1]:
         found[names[1]] = Quality(theirs, generations=_write(other, tokenizer, prompts, wanted, names[1], report))
     return Evaluation(found)
+
+
+def _base(source: Source) -> Source | None:
+    """Return the model that a pruned or quantised one was made from, which writes its text `self`; None for others."""
+    found = pruning.dense_base(source)
+    if found is None and source.shape.quantised:
+        return msgspec.structs.replace(source, shape=msgspec.structs.replace(source.shape, quantised=""))
+    return found
 
 
 def _require_something(wanted: Wanted) -> None:
