@@ -143,6 +143,11 @@ def test_modules_have_a_line_each(report):
     assert ffn.changes == ()
 
 
+def test_scales_are_logarithmic_above_zero():
+    assert importance.scaled([1.0, 10.0, 100.0]) == pytest.approx([0.0, 0.5, 1.0])
+    assert importance.scaled([-1.0, 0.0, 1.0]) == pytest.approx([0.0, 0.5, 1.0])
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40))
 def test_scaled_scores_keep_their_order(values):
     found = importance.scaled(values)
@@ -462,6 +467,41 @@ def test_no_two_labels_meet_and_none_is_cut_off(report, tmp_path, size):
             assert box.inside(page), (one.name, text)
         for (a, p), (b, q) in itertools.combinations(placed, 2):
             assert not p.overlaps(q), (one.name, a, b)
+
+
+def test_results_held_in_few_bits_are_told_apart_from_retraining(study):
+    few = tuple(
+        msgspec.structs.replace(row, id=f"{row.id}-8", subject=f"{row.subject}+int8", recipe=f"{row.recipe}+int8",
+                                after=cases.quality(0.9))
+        for row in study.rows
+    )  # fmt: skip
+    plain, both = parts.report([study]), parts.report([edited(study, rows=(*few, *study.rows))])
+    assert [one for one in both.findings if one.kind not in ("unfinished", "choosing")] == [
+        one for one in plain.findings if one.kind != "choosing"
+    ]
+    assert both.charts == plain.charts
+    rows = [row for row in rows_of(both, "study-perplexities") if str(row["recipe"]).endswith("+int8")]
+    assert {row["recipe"] for row in rows} == {"none+int8", "lora+int8"}
+    assert {row["closed"] for row in rows} == {None}
+
+
+def test_an_evaluation_goes_beside_a_study_and_not_alone(folder, tmp_path):
+    from shortllama.evaluation.results import Evaluation, write_evaluation
+
+    told = msgspec.structs.replace(cases.quality(0.1), generations=cases.wrote("AI can", cases.HOSTILE).generations)
+    file = tmp_path / "told.json"
+    write_evaluation(file, Evaluation({"mine/model": told}))
+    made = publish.gather([folder, file])[0]
+    assert [row["text"] for row in rows_of(made, "generations")] == [cases.HOSTILE, f"{cases.HOSTILE}?"]
+    values = {row["on"]: row["perplexity"] or row["accuracy"] for row in rows_of(made, "evaluated")}
+    assert values == {"self": pytest.approx(10 * math.exp(0.1)), "hellaswag": 0.57, "lambada": 0.36}
+    written = publish.gather([cases.save(tmp_path / "w", found=cases.with_text()), file])[0]
+    assert [one.name for one in written.tables if one.name.startswith("generations")] == [
+        "generations",
+        "generations-2",
+    ]
+    with pytest.raises(InputError, match="an evaluation alone; give a run or a study"):
+        publish.gather([file])
 
 
 # -- qualities of several folders --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import calibrated, store
-from bench.report import assembly, delimited, markdown, merging
+from bench.report import assembly, delimited, evaluations, markdown, merging
 from bench.report.sources import Origin, describe
 from bench.report.studies import held, parts
 from bench.report.studies.held import Held
@@ -28,16 +28,22 @@ def gather(runs: Sequence[Path]) -> tuple[Report, Sequence[Path]]:
     Raises InputError where a run or study cannot be read or has no rows.
     """
     _need_one(runs)
+    alone = [_given(run, None) for run in runs if _is_evaluation(run)]
+    runs = [run for run in runs if not _is_evaluation(run)]
+    if not runs:
+        raise InputError(f"{alone[0].name}: an evaluation alone; give a run or a study beside it")
     studies = {run: held.read(run, _named(run)) for run in runs if held.is_study(run)}
     if all(run in studies and not store.file_of(run).exists() for run in runs):
-        return parts.report(list(studies.values())), []
+        return evaluations.added(parts.report(list(studies.values())), alone), []
     measured = store.measured(runs)
     results = [store.read(run) for run in measured]
     others = [run for run in studies if run not in measured]
-    quality, notes = merging.merged([_given(run, studies.get(run)) for run in (*measured, *others)])
+    given = [_given(run, studies.get(run)) for run in (*measured, *others)]
+    quality, notes = merging.merged([*given, *alone])
     shapes = calibrated.shapes(row for one in results for row in one.measurements)
     report = assembly.build(results, quality, [_origin(run) for run in measured], shapes)
-    return parts.joined(report, list(studies.values()), notes), measured
+    report = parts.joined(report, list(studies.values()), notes)
+    return evaluations.added(report, alone), measured
 
 
 def write(runs: Sequence[Path], out: Path) -> Report:
@@ -94,9 +100,16 @@ def _named(folder: Path) -> str:
     return folder.name if folder.is_absolute() else str(folder)
 
 
+def _is_evaluation(path: Path) -> bool:
+    """Return whether a path is a file of `shortllama eval`; rows are in .jsonl files, and runs are folders."""
+    return path.is_file() and path.suffix == ".json"
+
+
 def _given(run: Path, study: Held | None) -> merging.Given:
-    """Return the qualities of a run or study, and what its plans left of which weights."""
+    """Return the qualities of a run, a study or a file of evaluations, and what plans left of which weights."""
     folder = store.file_of(run).parent
+    if _is_evaluation(run):
+        return merging.Given(_named(run), read_evaluation(run).subjects)
     quality = read_evaluation(folder / QUALITY).subjects if (folder / QUALITY).exists() else {}
     left: dict[str, str] = {}
     for path in sorted(folder.glob("subjects/*/plan.json")):

@@ -15,6 +15,7 @@ from bench.report.quantities import inert
 from bench.report.studies.held import Held
 from shortllama.evaluation.results import Quality
 from shortllama.evaluation.tasks import TASKS
+from shortllama.shape import QUANTISED
 from shortllama.studies.rows import Row
 from shortllama.studies.summary import closed
 from shortllama.study import NONE
@@ -102,10 +103,15 @@ class Outcome(msgspec.Struct, frozen=True):
         return average([seven(row.result) for row in self.rows])
 
 
-def outcomes(held: Held) -> tuple[Outcome, ...]:
-    """Return the outcomes of a study in the order of its rows."""
+def is_quantised(row: Row) -> bool:
+    """Return whether the weights of a row's result are held in few bits: it is named so behind its recipe."""
+    return row.recipe.rpartition("+")[2] in QUANTISED
+
+
+def outcomes(held: Held, *, quantised: bool = False) -> tuple[Outcome, ...]:
+    """Return the outcomes of a study in the order of its rows: those as they are, or those held in few bits."""
     groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in held.rows:
+    for row in (row for row in held.rows if is_quantised(row) == quantised):
         calibration = None if row.calibration is None else row.calibration.label
         groups.setdefault((row.label, row.ratio, calibration, row.recipe), []).append(row)
     return tuple(Outcome(tuple(rows)) for rows in groups.values())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from bench.report import quantities
+from bench.report import evaluations, quantities
 from bench.report.studies.held import Held, subject
 from bench.report.studies.importance import Importance, importances
-from bench.report.studies.outcomes import final, mean, outcomes, seven, spread
+from bench.report.studies.outcomes import final, is_quantised, mean, outcomes, seven, spread
 from bench.report.values import Column, Table, Value
 from shortllama.evaluation.results import Quality
 from shortllama.evaluation.tasks import TASKS
@@ -35,8 +35,9 @@ def perplexities(held: Held) -> Table | None:
     rows: list[tuple[Value, ...]] = []
     for text in held.texts:
         base = None if held.dense is None else held.dense.perplexity.get(text)
-        for one in final(outcomes(held)):
+        for one in (*final(outcomes(held)), *outcomes(held, quantised=True)):
             before, after, shares = one.before(text), one.after(text), one.closed(text, held.dense)
+            shares = [] if is_quantised(one.first) else shares  # no retraining of its own closed it
             if before:
                 digests = dict.fromkeys(row.before.perplexity[text].digest for row in one.rows
                                         if text in row.before.perplexity)  # fmt: skip
@@ -147,33 +148,17 @@ def _score(one: Importance, place: int) -> tuple[Value, Value]:
 
 
 def generations(held: Held) -> Table | None:
-    """What each model wrote (the paper's Tables 8, 11 and 12), prompt by prompt."""
-    columns = (
-        Column("prompt", "Prompt"), Column("model", "Model"), Column("retrained", "Retrained"), Column("text", "Text"),
-        Column("drawn", "Drawn"), Column("tokens", "Tokens", "integer"), Column("ended", "Ended"),
-    )  # fmt: skip
-    written = [
-        (one.prompt, quantities.inert(name), recipe, one.text, _drawn(one.temperature, one.seed), one.tokens,
-         "by the model" if one.ended else "at the limit")
-        for name, recipe, quality in _writers(held) for one in quality.generations
-    ]  # fmt: skip
-    prompts = list(dict.fromkeys(row[0] for row in written))
-    rows = sorted(dict.fromkeys(written), key=lambda row: prompts.index(row[0]))
-    caption = "Greedy text is each model's most likely; drawn text depends on its seed. Nobody chose among them."
-    return _table("generations", "What the models write", columns, rows, held, caption)
+    """What each model wrote before and after retraining."""
+    return evaluations.generations(_writers(held), held.line)
 
 
-def _writers(held: Held) -> Iterator[tuple[str, str | None, Quality]]:
+def _writers(held: Held) -> Iterator[evaluations.Writer]:
     if held.dense is not None:
         yield held.model, None, held.dense
     for row in held.rows:
         yield subject(row), _recipe(NONE), row.before
         if row.after is not None:
             yield subject(row), row.recipe, row.after
-
-
-def _drawn(temperature: float, seed: int | None) -> str:
-    return "greedily" if temperature == 0 else f"at temperature {temperature:g}, seed {seed}"
 
 
 def _recipe(name: str) -> str:
