@@ -37,7 +37,8 @@ app.command(epilog="Example: shortllama doctor --aa 5")(doctor)
 @app.command(epilog="Example: shortllama report runs/mine --out reports/mine")
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs: folders or files; and studies.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs: folders or files; studies; files of eval.", show_default=False),
     ],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report.", show_default=False)] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show the report here; --out is optional then.")] = False,
