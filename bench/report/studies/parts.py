@@ -102,7 +102,9 @@ def _of(held: Held) -> Parts:
             f"The paper also compares, and study {quantities.inert(held.name)} does not: {wording.join(absent)}."
         )
     made = (*tables.tables(held, tables.RESULTS), *beside.tables(held), *tables.tables(held, tables.DETAILS))
-    return Parts(findings.findings(held), tuple(notes), series.charts(held), made, (_source(held),))
+    source = _source(held)
+    drawn = tuple(msgspec.structs.replace(chart, origins=(source,)) for chart in series.charts(held))
+    return Parts(findings.findings(held), tuple(notes), drawn, made, (source,))
 
 
 def _source(held: Held) -> Source:
