@@ -174,6 +174,7 @@ class Run:
             weights.recompute_blocks(model, True)
         try:
             self._check_start(objective, first, expected)
+            self.model.train()  # once: evaluations put modes back, and walking all modules is a share of a small step
             yield
         finally:
             if stage.checkpointing:
@@ -211,7 +212,6 @@ class Run:
 
     def _take_step(self, objective: Objective, optimizer: torch.optim.Optimizer, steps: int) -> float:
         """Do one step; return its loss, NaN where the step was refused."""
-        self.model.train()
         pieces = self._micro_batches(self.step)
         targets = sum(map(self.data.targets, pieces))
         self.tokens += sum(len(self.data.sequences[one]) for chosen in pieces for one in chosen)
