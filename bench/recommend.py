@@ -15,7 +15,7 @@ from bench import devices, memory, prediction, recommendation, store, subjects
 from bench.cells import budget_bytes
 from bench.quality import QUALITY
 from bench.recommendation import Candidate, Constraint, Recommendation
-from bench.report import reasons
+from bench.report import merging, reasons
 from bench.report.summaries import Summary, grid
 from bench.store import Results
 from bench.timing import Estimate
@@ -148,7 +148,10 @@ def perplexities(runs: Sequence[Path], text: str | None) -> dict[str, float]:
     Raises InputError for a text that no subject was evaluated on.
     """
     files = [store.file_of(run).parent / QUALITY for run in runs]
-    found = {name: one for file in files if file.exists() for name, one in read_evaluation(file).subjects.items()}
+    given = [merging.Given(str(file.parent), read_evaluation(file).subjects) for file in files if file.exists()]
+    found, notes = merging.merged(given)
+    for note in notes:
+        console.say(f"note: {note}")
     evaluated = {name: one.perplexity for name, one in found.items() if one.perplexity}
     texts = list(dict.fromkeys(key for one in evaluated.values() for key in one))
     if text is not None and text not in texts:
