@@ -6,6 +6,8 @@ a generation is largest; `certify` runs the whole generation instead.
 
 from __future__ import annotations
 
+import msgspec
+
 from bench import budget, runtimes
 from bench.jobs import Finished, Job, Measure
 from bench.measurement import Memory
@@ -73,7 +75,8 @@ def _on_cuda(job: Job) -> Measure:
 
 
 def _warm_up(job: Job) -> None:
-    tiny = runtimes.load(job.runtime).open_session(Subject("warm-up", _TINY, "warm-up"), job.options)
+    shape = msgspec.structs.replace(_TINY, quantised=job.subject.shape.quantised)
+    tiny = runtimes.load(job.runtime).open_session(Subject("warm-up", shape, "warm-up"), job.options)
     tiny.prepare(1, 4, 3)
     tiny.call()
     tiny.probe()
