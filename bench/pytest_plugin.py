@@ -295,7 +295,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def is_parallel(config: pytest.Config) -> bool:
     """Return whether pytest-xdist spreads the tests over processes."""
-    return "PYTEST_XDIST_WORKER" in os.environ or config.getoption("dist", "no") != "no"
+    is_worker = hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ
+    return is_worker or config.getoption("dist", "no") != "no"
 
 
 def pytest_report_header(config: pytest.Config) -> Iterator[str]:

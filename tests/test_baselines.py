@@ -44,10 +44,10 @@ def test_an_extra_copy_a_block_is_found(committed: Baselines, monkeypatch: pytes
 
 def run_with_doubled_cache(work: bytes, send: Any) -> None:
     """Entry of a child whose static caches have twice the slots they need."""
-    from bench.runtimes import static
+    from bench.runtimes import caches
 
-    made = static.StaticCache
-    static.StaticCache = lambda config, max_cache_len: made(config=config, max_cache_len=2 * max_cache_len)  # type: ignore[assignment, misc]
+    made = caches.StaticCache
+    caches.StaticCache = lambda config, max_cache_len: made(config=config, max_cache_len=2 * max_cache_len)  # type: ignore[assignment, misc]
     worker.run(work, send)
 
 
