@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -15,13 +15,14 @@ from bench import devices, memory, prediction, recommendation, store, subjects
 from bench.cells import budget_bytes
 from bench.quality import QUALITY
 from bench.recommendation import Candidate, Constraint, Recommendation
-from bench.report import merging, reasons
-from bench.report.summaries import Summary, grid
 from bench.store import Results
 from bench.timing import Estimate
 from shortllama import console, files
 from shortllama.errors import InputError
 from shortllama.evaluation.results import read_evaluation
+
+if TYPE_CHECKING:
+    from bench.report.summaries import Summary
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|)")
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
@@ -73,6 +74,8 @@ def recommend(
     if as_json:
         console.emit(plain(answer, constraints))
     else:
+        from bench.report import reasons
+
         sys.stdout.write("\n".join(reasons.lines(answer, constraints)) + "\n")
     if out is not None:
         from bench.report import advice, publish
@@ -92,6 +95,8 @@ def candidates(
     """Return the cells to choose from: those measured on `device` (None: on any), else predictions for it."""
     environments = {key: one for run in results for key, one in run.environments.items()}
     names = {key: str(one.fingerprint.get("device", "unknown device")) for key, one in environments.items()}
+    from bench.report.summaries import grid
+
     drawn = grid([row for run in results for row in run.measurements], [], {}, {})
     cells = [cell for groups in drawn.groups.values() for group in groups.values() for cell in group.measured]
     if device is not None:
@@ -147,6 +152,8 @@ def perplexities(runs: Sequence[Path], text: str | None) -> dict[str, float]:
 
     Raises InputError for a text that no subject was evaluated on.
     """
+    from bench.report import merging
+
     files = [store.file_of(run).parent / QUALITY for run in runs]
     given = [merging.Given(str(file.parent), read_evaluation(file).subjects) for file in files if file.exists()]
     found, notes = merging.merged(given)
