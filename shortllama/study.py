@@ -404,7 +404,8 @@ def _check_evaluation(study: Study, at: str) -> None:
         at, lambda: [protocol.parse(src) for src in wanted.texts] and tasks.lookup(",".join(wanted.tasks or ("all",)))
     )
     drawn = {*study.seeds, *(seed for row in study.methods for seed in row.seeds or ())}
-    if wanted.seed in drawn and any(protocol.parse(src)[0] == SELF for src in wanted.texts):
+    by_itself = any(protocol.parse(src)[0] == SELF for src in wanted.texts)
+    if wanted.seed in drawn and (by_itself or {tasks.ENDING, tasks.WORD} & {*wanted.tasks}):
         raise InputError(
             f"{at}.seed is {wanted.seed}, which is a seed of runs too: 'self' would be the very text that is "
             "calibrated and retrained on; give another"

@@ -57,9 +57,17 @@ def test_a_larger_sample_begins_with_the_smaller_one(model, monkeypatch):
     small = sampling.sample(model, prompt[:2], 6)
     large = sampling.sample(model, prompt, 9)
     assert (large[:2, :7] == small).all()
-    monkeypatch.setattr(sampling, "ROWS", 2)
+    monkeypatch.setattr(sampling, "ROWS", (2, 2))
     assert (sampling.sample(model, prompt, 9) == large).all()
     assert (sampling.sample(model, prompt, 9, seed=1) != large).any()
+
+
+def test_rows_are_bounded_by_the_cache(model, monkeypatch):
+    """2 blocks, 32 wide, float64: a token takes 1 KiB of cache at most."""
+    assert sampling._rows(model, 100) == sampling.ROWS[1]
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 2_600 << 10)
+    assert sampling._rows(model, 100) == 26
+    assert sampling._rows(model, 10_000) == sampling.ROWS[0]
 
 
 def test_sampled_tokens_follow_the_distribution(model):
@@ -80,7 +88,7 @@ def test_temperature_zero_is_greedy(model):
 
 
 def test_mode_is_restored_and_progress_ends_at_the_total(model, monkeypatch):
-    monkeypatch.setattr(sampling, "ROWS", 2)
+    monkeypatch.setattr(sampling, "ROWS", (2, 2))
     calls: list[tuple[int, int]] = []
     model.train()
     try:

@@ -426,8 +426,9 @@ def tasks(**values: float) -> ZeroShot:
 
 
 def test_choosing_and_generating_are_lost_apart():
+    """As shares of what the dense model has above guessing: 0.5 for two choices, 0 for a word."""
     dense = Quality({"t": perplexity(10)}, tasks(piqa=0.8, boolq=0.6, lambada=0.5))
-    now = Quality({"t": perplexity(20)}, tasks(piqa=0.6, boolq=0.45, lambada=0.1))
+    now = Quality({"t": perplexity(20)}, tasks(piqa=0.65, boolq=0.55, lambada=0.1))
     row = rows.Row(
         id="a", pruned="p", subject="s", model="m", method="ppl", label="ppl", unit="block", iterative=False,
         steps=None,
@@ -435,9 +436,18 @@ def test_choosing_and_generating_are_lost_apart():
         before=now, after=None, costs={},
     )  # fmt: skip
     (found,) = summary.losses([row], dense)
-    assert (found.choosing, found.generating) == (pytest.approx(0.25), pytest.approx(0.8))
+    assert (found.choosing, found.generating) == (pytest.approx(0.5), pytest.approx(0.8))
     assert found.nats == pytest.approx(np.log(2))
     other = msgspec.structs.replace(row, after=dense)
     lines = summary.lines([other, msgspec.structs.replace(other, after=now)], dense)
     assert [(line.runs, line.closed, line.closed_range) for line in lines] == [(2, 0.5, (0.0, 1.0))]
     assert summary.losses([row], Quality({"t": perplexity(10)})) == ()
+    # Two standard errors are the least lead that counts: here 0.1.
+    unsure = {
+        name: msgspec.structs.replace(one, value=value, standard_error=0.05)
+        for (name, one), value in zip(dense.zero_shot.tasks.items(), (0.61, 0.59, 0.09), strict=True)
+    }
+    guessing = msgspec.structs.replace(dense, zero_shot=msgspec.structs.replace(dense.zero_shot, tasks=unsure))
+    assert [*summary.telling(guessing)] == ["piqa"]
+    (found,) = summary.losses([row], guessing)
+    assert (found.choosing, found.generating) == (pytest.approx(1 - 0.15 / 0.11), None)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import bz2
 import copy
 import json
+import math
 
 import pytest
 import torch
 
 from shortllama import surgery
 from shortllama.errors import InputError, UnsupportedError
-from shortllama.evaluation import tasks, zeroshot
+from shortllama.evaluation import cloze, tasks, zeroshot
 from shortllama.evaluation.tasks import TASKS, Item, lookup, read
+
+FROM_FILES = [name for name, task in TASKS.items() if task.files]
 
 # -- the oracle -------------------------------------------------------------------------------------------------------
 
@@ -64,7 +67,9 @@ def test_accuracies_equal_those_of_a_short_scorer(harness, data_dir, stories):
     keep = blind.parse("flap:3±0.5x120±20", model="m", shape=shape, seed=1).keep
     uneven = surgery.apply(make_plan(model="m", shape=shape, method="x", target=Target("shape", "x"), keep=keep), dense)
     assert not surgery.shape_of(uneven).is_uniform
-    local = {name: read(name, data_dir / "zeroshot") for name in TASKS}
+    local = tasks.read_all(TASKS, data_dir / "zeroshot")
+    assert [*local] == FROM_FILES
+    local |= cloze.make([*TASKS], dense, tokenizer, by="dense", limit=30, seed=3)
     for model, limit in ((dense, 12), (uneven, 6)):
         seen: list[tuple[int, int]] = []
 
@@ -74,14 +79,17 @@ def test_accuracies_equal_those_of_a_short_scorer(harness, data_dir, stories):
         found = zeroshot.evaluate(model, tokenizer, list(TASKS), local=local, limit=limit, progress=step)
         for name, result in found.tasks.items():
             items = local[name].items[:limit]
-            if name == "lambada":
+            if TASKS[name].choices == (1, 1):
                 assert result.value == greedy_share(model, tokenizer, items), name
+                nats = [-log_likelihood(model, tokenizer, one.contexts[0], one.continuations[0]) for one in items]
+                assert result.metrics["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
                 continue
             assert result.metrics["acc"] == by_hand(model, tokenizer, items, False), name
             assert result.value == by_hand(model, tokenizer, items, result.metric == "acc_norm"), name
-            assert (result.items, result.published) == (limit, TASKS[name].published)
+            assert (result.items, result.published) == (limit, TASKS[name].published or len(local[name].items))
             assert (result.version, result.origin) == (tasks.LOCAL_VERSION, local[name].origin)
-        seven = [one.value for name, one in found.tasks.items() if name != "lambada"]
+        seven = [one.value for name, one in found.tasks.items() if TASKS[name].averaged]
+        assert len(seven) == 7
         assert found.mean == pytest.approx(sum(seven) / 7)
         assert (found.bos, found.limit) == (True, limit)
         assert found.harness.startswith("lm-eval 0.4.")
@@ -163,7 +171,7 @@ def test_unknown_tasks_are_named(names, message):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FROM_FILES)
 def test_the_local_sets_are_complete(data_dir, name):
     assert len(read(name, data_dir / "zeroshot").items) == TASKS[name].published
 
@@ -179,7 +187,7 @@ def test_prompts_are_those_of_the_harness(tmp_path):
     write(tmp_path, "openbookqa", {"query": "Fog is", "choices": ["a", "b", "c", "d"], "gold": 3})
     write(tmp_path, "winogrande", {"context_options": ["S so S", "S so M"], "continuation": "won.", "gold": 0})
     write(tmp_path, "lambada", {"context": "about", "continuation": "signs"})
-    found = {name: read(name, tmp_path).items[0] for name in TASKS if name not in ("hellaswag", "arc_challenge")}
+    found = {name: read(name, tmp_path).items[0] for name in FROM_FILES if name not in ("hellaswag", "arc_challenge")}
     assert found == {
         "boolq": Item(("It is.\nQuestion: is it?\nAnswer:",), ("no", "yes"), 1),
         "piqa": Item(("Question: dresser\nAnswer:",), ("a", "b"), 0),
@@ -200,6 +208,47 @@ def test_hellaswag_comes_in_six_lines_an_item_packed_or_not(tmp_path):
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(lines.encode())[:-4])
     with pytest.raises(InputError, match=r"bz2: is not a whole bz2 file"):
         read("hellaswag", tmp_path)
+
+
+# -- tasks made of text ------------------------------------------------------------------------------------------------
+
+
+def text_of(number: int, words: int) -> str:
+    return " ".join(f"w{number}.{place}" for place in range(words))
+
+
+def test_items_are_made_of_the_middle_of_texts():
+    """The first half, the twelve words after it, never the last word: the text may end within it."""
+    texts = [text_of(number, words) for number, words in enumerate((25, 24, 40, 25, 25))]
+    endings = cloze.items(tasks.ENDING, texts, "here")
+    assert len(endings.items) == 4  # the second text is too short
+    first, second = endings.items[:2]
+    assert first.contexts == (text_of(0, 12),)
+    assert second.contexts == (text_of(2, 19),)
+    starts = [one.split()[0] for one in second.continuations]
+    assert (starts, second.gold) == (["w3.12", "w2.19", "w4.12", "w0.12"], 1)
+    assert {len(one.split()) for item in endings.items for one in item.continuations} == {12}
+    words = cloze.items(tasks.WORD, texts, "here")
+    assert words.items[1] == Item((text_of(2, 19),), ("w2.19",), 0)
+    assert len({endings.digest, words.digest}) == 2
+    with pytest.raises(InputError, match=r"task 'self-word': only 3 of 4 texts that the model wrote have 25 words"):
+        cloze.items(tasks.WORD, texts[:4], "here")
+
+
+def test_both_tasks_are_of_one_sample_which_ends_with_the_text(harness, reference):
+    model, tokenizer = reference
+    made = cloze.make([tasks.WORD, "piqa", tasks.ENDING], model, tokenizer, by="reference", limit=8, seed=2)
+    assert [*made] == [tasks.WORD, tasks.ENDING]
+    assert {one.origin for one in made.values()} == {"text of reference, seed 2"}
+    for word, ending in zip(made[tasks.WORD].items, made[tasks.ENDING].items, strict=True):
+        assert word.contexts == ending.contexts
+        assert ending.continuations[ending.gold].split()[0] == word.continuations[0]
+    assert made == cloze.make([*made], model, tokenizer, by="reference", limit=8, seed=2)
+    assert cloze.make(["piqa"], model, None, by="reference") == {}
+    with pytest.raises(InputError, match="comes without a tokenizer"):
+        cloze.make([*made], model, None, by="reference")
+    assert cloze._until([5, 2, 7, 2], 2) == [5]
+    assert cloze._until([5, 7], 2) == [5, 7]
 
 
 # -- candidates that no window holds ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import msgspec
 
 from shortllama import calibration, pruning, quantisation
 from shortllama.errors import InputError
-from shortllama.evaluation import generation, protocol, tasks
+from shortllama.evaluation import cloze, generation, protocol, tasks
 from shortllama.evaluation.results import Evaluation, Perplexity, Quality, ZeroShot
 from shortllama.sources import Source
 
@@ -51,6 +51,7 @@ def evaluate(
     prompts = generation.expand(wanted.prompts)
     sources = [protocol.parse(src)[0] for src in wanted.texts]
     local = _local(wanted)
+    made = set(wanted.tasks) & set(cloze.MAKERS)
     names = _names(source, wanted.against)
     if any(one.shape.quantised for one in (source, wanted.against) if one is not None):
         quantisation.require()
@@ -58,15 +59,18 @@ def evaluate(
         if note is not None:
             note(remark)
     model, tokenizer = _load(source, wanted)
-    if local is not None:
+    if local:
         from shortllama.evaluation import zeroshot
 
         zeroshot.check(model, tokenizer, local, wanted.limit)
     other = None if wanted.against is None else _load(wanted.against, wanted)[0]
     dense = other or model
-    base = _base(source) if other is None and calibration.SELF in sources else None
+    base = _base(source) if other is None and (made or calibration.SELF in sources) else None
     if base is not None:
         dense = _load(base, wanted)[0]
+    if made:
+        by = (base or wanted.against or source).name
+        local = local | _made(wanted, dense, tokenizer, by, report)
     ours, theirs = _perplexities(model, tokenizer, dense, (names[-1], other), wanted, report)
     found = {names[0]: Quality(ours, generations=_write(model, tokenizer, prompts, wanted, names[0], report))}
     if wanted.tasks:
@@ -98,13 +102,26 @@ def _require_something(wanted: Wanted) -> None:
         raise InputError(f"--limit {wanted.limit}; give at least 1")
 
 
-def _local(wanted: Wanted) -> dict[str, tasks.Items] | None:
+def _local(wanted: Wanted) -> dict[str, tasks.Items]:
     """Read the local items, and look for the harness, before a model is loaded."""
     if wanted.tasks:
         from shortllama.evaluation import zeroshot
 
         zeroshot.require_harness()
-    return None if wanted.task_data is None else {name: tasks.read(name, wanted.task_data) for name in wanted.tasks}
+    return {} if wanted.task_data is None else tasks.read_all(wanted.tasks, wanted.task_data)
+
+
+def _made(wanted: Wanted, dense: Any, tokenizer: Any, by: str, report: Progress) -> dict[str, tasks.Items]:
+    """Return the items of the tasks that are made of the dense model's text."""
+    return cloze.make(
+        wanted.tasks,
+        dense,
+        tokenizer,
+        by=by,
+        limit=wanted.limit,
+        seed=wanted.seed,
+        progress=lambda done, total: report("text for tasks", done, total),
+    )
 
 
 def _remarks(source: Source, wanted: Wanted) -> list[str]:
@@ -166,7 +183,7 @@ def _write(model: Any, tokenizer: Any, prompts: list[str], wanted: Wanted, name:
 
 
 def _accuracies(
-    model: Any, tokenizer: Any, local: dict[str, tasks.Items] | None, wanted: Wanted, report: Progress
+    model: Any, tokenizer: Any, local: dict[str, tasks.Items], wanted: Wanted, report: Progress
 ) -> ZeroShot:
     from shortllama.evaluation import zeroshot
 

@@ -1,4 +1,5 @@
-"""The zero-shot tasks as rows of data: the paper's seven with the metric that it reports for each, and LAMBADA.
+"""The zero-shot tasks as rows of data: the paper's seven with the metric that it reports for each, LAMBADA, and two
+that are made of the dense model's own text (`cloze`).
 
 Local files are read here too, into the same items that the harness's own tasks make of the data sets on the hub, prompt
 for prompt; where a file has lost something, its row says so. No torch, no harness.
@@ -31,6 +32,7 @@ class Task(msgspec.Struct, frozen=True):
     `choices` and `gold`, or `context_options`, `continuation` and `gold`, or `context` and `continuation`; a `.txt` one
     (also `.bz2`) six lines an item: context, index of the right ending, four endings. `drop` begins every query of the
     file and is no part of the prompt, `ending` ends the prompt. `averaged`: one of the seven that the paper averages.
+    A task without files is made of text, and has no published number of items (0).
     """
 
     metric: str
@@ -44,6 +46,7 @@ class Task(msgspec.Struct, frozen=True):
 
 
 ANSWER = "\nAnswer:"
+ENDING, WORD = "self-ending", "self-word"
 
 # Metrics: Shortened LLaMA, table 2 and its code (acc, or acc_norm: by characters). Counts: the sets that the harness
 # evaluates. HellaSwag's text file keeps the second half of a context in lower case, where the harness capitalizes it.
@@ -58,8 +61,16 @@ TASKS: dict[str, Task] = {
     "lambada": Task(
         "acc", 5153, (1, 1), ("lambada.jsonl", "lambada_openai.jsonl"), averaged=False, hub="lambada_openai"
     ),
+    ENDING: Task("acc", 0, (4, 4), (), averaged=False),
+    WORD: Task("acc", 0, (1, 1), (), averaged=False),
 }
 ALL = "all"  # the seven
+
+
+def guessing(name: str) -> float:
+    """Return the accuracy of a guess: one of the choices, or no word at all."""
+    least, most = TASKS[name].choices
+    return 0.0 if most == 1 else 1 / least
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -97,6 +108,11 @@ def lookup(names: str) -> list[str]:
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TASKS)}, and {ALL!r} for the seven"
             raise InputError(f"no task is called {name!r}; {hint}")
     return list(dict.fromkeys(found))
+
+
+def read_all(names: Iterable[str], folder: Path) -> dict[str, Items]:
+    """Return the items of those of the tasks that have files. Raises InputError as `read` does."""
+    return {name: read(name, folder) for name in names if TASKS[name].files}
 
 
 def read(name: str, folder: Path) -> Items:

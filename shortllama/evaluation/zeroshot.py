@@ -74,7 +74,7 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> ZeroShot:
-    """Return the accuracy of a model on the named tasks, over the items in `local`, or from the hub where it is None.
+    """Return the accuracy of a model on the named tasks, over the items in `local`, and where it has none, the hub's.
 
     `limit` is the most items taken of each task, from its start. Raises UnsupportedError without the harness, and
     InputError without a tokenizer, where a task cannot be fetched, or as `check` does.
@@ -83,12 +83,14 @@ def evaluate(
     if tokenizer is None:
         raise _no_tokenizer()
     with _silent():
-        loaded = _from_hub(names) if local is None else {name: _local_task(name, local[name]) for name in names}
+        given = local or {}
+        ours = {name: _local_task(name, given[name]) for name in names if name in given}
+        loaded = _from_hub([name for name in names if name not in given]) | ours
         wrapped = _wrapped(model, tokenizer, progress)
         found: Any = importlib.import_module("lm_eval").evaluate(
             lm=wrapped, task_dict=dict(loaded), limit=limit, bootstrap_iters=0, log_samples=False
         )
-    results = {name: _accuracy(name, found, None if local is None else local[name]) for name in names}
+    results = {name: _accuracy(name, found, given.get(name)) for name in names}
     averaged = [one.value for name, one in results.items() if TASKS[name].averaged]
     return ZeroShot(
         results,
@@ -121,6 +123,8 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
 
     The errors of the libraries that fetch them have no common base.
     """
+    if not names:
+        return {}
     manager = importlib.import_module("lm_eval.tasks").TaskManager()
     found: dict[str, Any] = {}
     for name in names:
@@ -145,8 +149,10 @@ def _local_task(name: str, items: Items) -> Any:
     form = {**choosing, "doc_to_target": "gold"}
     if len(items.items[0].contexts) > 1:  # the choice is of contexts, and the text to go on with is the target
         form = {**choosing, "doc_to_text": "gold", "doc_to_target": "continuation"}
+    aggregations = dict.fromkeys(("acc", TASKS[name].metric), "mean")
     if TASKS[name].choices == (1, 1):
         form = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "continuation"}
+        aggregations["perplexity"] = "perplexity"  # of the whole continuation, as the harness's own task has it
     return configurable(
         config={
             "task": name,
@@ -154,8 +160,8 @@ def _local_task(name: str, items: Items) -> Any:
             "test_split": "test",
             "num_fewshot": 0,
             "metric_list": [
-                {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-                for metric in dict.fromkeys(("acc", TASKS[name].metric))
+                {"metric": metric, "aggregation": how, "higher_is_better": metric != "perplexity"}
+                for metric, how in aggregations.items()
             ],
             "metadata": {"version": LOCAL_VERSION},
             **form,
@@ -257,7 +263,7 @@ def _accuracy(name: str, found: Mapping[str, Any], items: Items | None) -> Accur
         metric=task.metric,
         value=value,
         items=count,
-        published=task.published,
+        published=task.published or (count if items is None else len(items.items)),
         version=str(found["versions"][name]),
         origin=HUB if items is None else items.origin,
         metrics=metrics,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortllama import pruning
-from shortllama.evaluation import tasks
+from shortllama.evaluation import cloze, tasks
 from shortllama.evaluation.results import Quality
 from shortllama.sources import Source
 from shortllama.study import Evaluating
@@ -27,10 +27,11 @@ class Meter:
         self._wanted, self._settings = wanted, settings
         self._tasks = tasks.lookup(",".join(wanted.tasks)) if wanted.tasks else []
         data = None if wanted.task_data is None else _folder(wanted.task_data, settings.data_dir)
-        self._items = None if data is None else {name: tasks.read(name, data) for name in self._tasks}
+        self._items = {} if data is None else tasks.read_all(self._tasks, data)
         model, tokenizer = self._load(dense)
-        if self._items is not None:
+        if self._items:
             zeroshot.check(model, tokenizer, self._items, wanted.limit)
+        self._items |= cloze.make(self._tasks, model, tokenizer, by=dense.name, limit=wanted.limit, seed=wanted.seed)
         self._texts = {
             src: perplexity.prepare(
                 src, tokenizer=tokenizer, dense=model, limit=wanted.limit, seed=wanted.seed, data_dir=settings.data_dir

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from shortllama import display
+from shortllama.evaluation import tasks
 from shortllama.evaluation.results import Perplexity, Quality
 from shortllama.evaluation.tasks import TASKS
 from shortllama.studies.rows import Row
+
+CERTAIN = 2.0  # standard errors above guessing from which an accuracy says something
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -35,10 +38,10 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Loss(msgspec.Struct, frozen=True):
-    """What choosing and generating lost, as shares of the dense model's accuracy, beside the rise in nats a token.
+    """What choosing and generating lost, as shares of the dense model's lead over guessing; the rise in nats a token.
 
-    `choosing`: mean over the tasks with choices; `generating`: LAMBADA's last words. ShortGPT (arXiv 2403.03853) sees
-    the second fall first.
+    `choosing`: mean over the tasks with choices; `generating`: over those whose word has to be written. ShortGPT (arXiv
+    2403.03853) sees the second fall first. Tasks at which the dense model guesses are left out (`telling`).
     """
 
     subject: str
@@ -92,7 +95,7 @@ def losses(rows: Sequence[Row], dense: Quality | None) -> tuple[Loss, ...]:
     """Return what each run lost in tasks; none without tasks."""
     if dense is None or dense.zero_shot is None:
         return ()
-    before = _accuracies(dense)
+    before = telling(dense)
     found = []
     for row in rows:
         now = _accuracies(row.result)
@@ -106,14 +109,36 @@ def losses(rows: Sequence[Row], dense: Quality | None) -> tuple[Loss, ...]:
     return tuple(found)
 
 
+def telling(dense: Quality) -> dict[str, float]:
+    """Return the accuracies of the dense model that are above guessing by two standard errors, by task.
+
+    Where it guesses, there is nothing that pruning could take away.
+    """
+    found = {} if dense.zero_shot is None else dense.zero_shot.tasks
+    return {
+        name: one.value
+        for name, one in found.items()
+        if name in TASKS and one.value - tasks.guessing(name) > CERTAIN * (one.standard_error or 0.0)
+    }
+
+
 def _accuracies(quality: Quality) -> dict[str, float]:
     return {} if quality.zero_shot is None else {name: one.value for name, one in quality.zero_shot.tasks.items()}
 
 
 def _lost(before: Mapping[str, float], now: Mapping[str, float], *, choosing: bool) -> float | None:
     names = [name for name in before if name in now and (TASKS[name].choices != (1, 1)) == choosing]
-    had = math.fsum(before[name] for name in names)
-    return None if had == 0 else 1 - math.fsum(now[name] for name in names) / had
+    return lead_lost(names, before, now)
+
+
+def lead_lost(names: Iterable[str], before: Mapping[str, float], now: Mapping[str, float]) -> float | None:
+    """Return the share of the lead over guessing in `before`, a mean over tasks, that is gone in `now`.
+
+    Accuracy itself would make choosing look steady: a model that is ruined still guesses. None without a lead.
+    """
+    named = [*names]
+    had, has = (math.fsum(of[name] - tasks.guessing(name) for name in named) for of in (before, now))
+    return None if had <= 0 else 1 - has / had
 
 
 def _mean(values: Iterable[float]) -> float:

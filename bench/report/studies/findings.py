@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from bench.report import quantities, wording
 from bench.report.studies import beside, commands, pairing
 from bench.report.studies.held import Held
-from bench.report.studies.outcomes import Outcome, average, comparable, final, mean, named, outcomes, recipes, spread
+from bench.report.studies.outcomes import Outcome, comparable, final, mean, named, outcomes, recipes, spread
 from bench.report.values import Finding
-from shortllama.evaluation.results import Accuracy
 from shortllama.evaluation.tasks import TASKS
+from shortllama.studies import summary
 from shortllama.study import NONE
 
-_CERTAIN = 2.0  # standard errors above guessing from which an accuracy says something
 _PER_RULE = 4
 
 
@@ -200,15 +199,16 @@ def choosing(held: Held) -> list[Finding]:
     """Whether generating (LAMBADA) falls before choosing does, as ShortGPT (arXiv 2403.03853) sees it."""
     dense = held.dense.zero_shot.tasks if held.dense and held.dense.zero_shot else {}
     known = {name: one for name, one in dense.items() if name in TASKS}
+    told_by = {} if held.dense is None else summary.telling(held.dense)
     writes = {name: one for name, one in known.items() if TASKS[name].choices == (1, 1)}
     picks = {name: one for name, one in known.items() if name not in writes}
     if not writes or not picks:
         return []
-    dull = [name for name, one in known.items() if not _says_something(name, one)]
+    dull = [name for name in known if name not in told_by]
     if set(writes) <= set(dull) or set(picks) <= set(dull):
         told = ", ".join(f"{name} {quantities.accuracy(known[name].value)}" for name in dull)
         headline = f"Whether generating falls before choosing cannot be told: the dense model guesses ({told})."
-        cause = f"Within {_CERTAIN:g} standard errors of guessing there is nothing that pruning could take away."
+        cause = f"Within {summary.CERTAIN:g} standard errors of guessing there is nothing that pruning could take away."
         command = shlex.join(["shortllama", "eval", held.model, "--tasks", ",".join(known)])
         return [Finding("choosing", headline, cause, command)]
     useful = [[name for name in names if name not in dull] for names in (picks, writes)]
@@ -217,16 +217,12 @@ def choosing(held: Held) -> list[Finding]:
     return [_choosing(held, known_of, useful, dull)] if known_of else []
 
 
-def _says_something(name: str, one: Accuracy) -> bool:
-    low, high = TASKS[name].choices
-    guess = 0.0 if (low, high) == (1, 1) else 1 / low
-    return one.value - guess > _CERTAIN * (one.standard_error or 0.0)
-
-
 def _lost(held: Held, one: Outcome, names: Sequence[str]) -> float | None:
-    """Return the share of the dense model's accuracy that is gone, None where a task was not evaluated."""
-    now = average([one.accuracy(name) for name in names])
-    return None if now is None else 1 - now / mean(_dense(held, name) for name in names)
+    """Return the share of the dense model's lead over guessing that is gone, None where a task was not evaluated."""
+    now = {name: one.accuracy(name) for name in names}
+    known = {name: value for name, value in now.items() if value is not None}
+    assert held.dense is not None
+    return summary.lead_lost(names, summary.telling(held.dense), known) if len(known) == len(now) else None
 
 
 def _choosing(
@@ -238,17 +234,11 @@ def _choosing(
     headline = (
         f"Generating ({wording.join(useful[1])}) fell more than choosing ({wording.join(useful[0])}) in {more} of "
         f"{wording.plural(len(lost), 'way')} to prune; {named(one, every)} at {quantities.share(one.ratio)} lost "
-        f"{quantities.share(written)} and {quantities.share(chosen)} of the dense model's accuracy."
+        f"{quantities.share(written)} and {quantities.share(chosen)} of the dense model's lead over guessing."
     )
     cause = "Choices are told apart by what is left of a ranking; a word to write has to be the likeliest of all."
     cause += f" Left out, because the dense model guesses: {wording.join(dull)}." if dull else ""
     return Finding("choosing", headline, cause, commands.again(held))
-
-
-def _dense(held: Held, name: str) -> float:
-    assert held.dense is not None
-    assert held.dense.zero_shot is not None
-    return held.dense.zero_shot.tasks[name].value
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------

@@ -71,8 +71,9 @@ def tasks(held: Held) -> Table | None:
         losses = told.get((row.subject, row.recipe), (None, None, None))
         rows.append(_task_row(subject(row), _recipe(row.recipe), row.result, held, losses))
     caption = (
-        "Lost: the share of the dense model's accuracy that is gone; choosing is the mean over tasks with choices, "
-        "generating is LAMBADA's last word. An average is given where all seven of the paper's tasks were evaluated."
+        "Lost: the share of the dense model's lead over guessing that is gone, over tasks where it has one; choosing "
+        "is the mean over tasks with choices, generating over those whose word has to be written. An average is given "
+        "where all seven of the paper's tasks were evaluated."
     )
     detail = {f"{name}_standard_error" for name in held.tasks} | {"protocol"}
     return _table("study-tasks", "Zero-shot accuracy", columns, rows, held, caption, detail)
