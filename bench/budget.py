@@ -3,52 +3,34 @@
 On a CPU a budget is RLIMIT_DATA: the process's data size after imports and a tiny warm-up run, plus the budget. Real
 allocation failures follow, exact to the batch. Conditions, each measured: RLIMIT_DATA and not RLIMIT_AS (file maps and
 address reservations would count); a fixed mmap threshold (glibc's own grows and fragments the heap, which costs a
-quarter of the budget); the buffers that BLAS keeps grown to their full size before the baseline is read (see
-`bench.runtimes.loading.warm_up`); a fresh process. The fixed threshold slows every temporary down: use it where memory
-is measured, never where time is.
+quarter of the budget) and laid-out heaps (both `bench.heap`); the buffers that BLAS keeps grown to their full size
+before the baseline is read (see `bench.runtimes.loading.warm_up`); a fresh process.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import resource
 from pathlib import Path
 
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-MMAP_THRESHOLD_BYTES = 64 << 10
-TRIM_THRESHOLD_BYTES = 128 << 10
+from bench import heap
+
 _RESET_PEAK = "5"  # what /proc/self/clear_refs takes to set the peak resident size to the present one
 
 # Says in the environment's fingerprint how memory was measured on a CPU.
-METHOD = f"VmHWM in a process of its own, mmap threshold {MMAP_THRESHOLD_BYTES >> 10} KiB; budget = RLIMIT_DATA"
-
-
-def fix_malloc() -> bool:
-    """Fix glibc's mmap and trim thresholds for this process; False where the C library has no such settings."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES))
-
-
-def settle() -> None:
-    """Collect garbage and hand freed heap pages back, so that what is read next is what is really held."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # not glibc: the collection alone has to do
+METHOD = f"VmHWM in a process of its own, mmap threshold {heap.MMAP_THRESHOLD_BYTES >> 10} KiB; budget = RLIMIT_DATA"
 
 
 def limit_data(extra_bytes: int) -> int:
     """Let this process's data grow by `extra_bytes` from now on and no further; return the limit set, in bytes."""
-    limit = _status("VmData") + extra_bytes
+    limit = data_bytes() + extra_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     return limit
+
+
+def data_bytes() -> int:
+    """Return the size of this process's data as its limit counts it, in bytes."""
+    return _status("VmData")
 
 
 def is_limited() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench import budget, children, environment, outcomes
+from bench import budget, children, environment, heap, outcomes
 
 MIB = 1 << 20
 
@@ -28,11 +29,11 @@ def ask(entry: Callable, question: object = None) -> object:
 
 def allocate(job: bytes, send: Callable[[bytes], None]) -> None:
     limit, sizes = json.loads(job)
-    budget.fix_malloc()
+    heap.fix_malloc()
     import torch
 
     torch.zeros(16).sum()
-    budget.settle()
+    heap.settle()
     budget.limit_data(limit)
     said: list[str] = []
     for size in sizes:
@@ -46,11 +47,11 @@ def allocate(job: bytes, send: Callable[[bytes], None]) -> None:
 
 
 def peak(job: bytes, send: Callable[[bytes], None]) -> None:
-    budget.fix_malloc()
+    heap.fix_malloc()
     import torch
 
     torch.zeros(1 << 20).add_(1)
-    budget.settle()
+    heap.settle()
     seen = []
     for size in json.loads(job):
         assert budget.reset_peak()
@@ -59,6 +60,44 @@ def peak(job: bytes, send: Callable[[bytes], None]) -> None:
         del held
         seen.append(budget.peak_bytes() - base)
     send(json.dumps(seen).encode())
+
+
+def lay(job: bytes, send: Callable[[bytes], None]) -> None:
+    """Say by how much a tensor, small blocks and objects let the data grow in a heap with a large hole."""
+    import torch
+
+    torch.ones(1 << 20).add_(1)
+    # Below the threshold of a new process; the last one keeps the hole from being the heap's end.
+    blocks = [ctypes.create_string_buffer(100 << 10) for _ in range(65)]
+    heap.fix_malloc()
+    del blocks[:-1]
+    heap.settle()
+    if json.loads(job):
+        assert heap.lay_out()
+
+    def growth(make: Callable[[], object]) -> int:
+        before = budget.data_bytes()
+        held = make()
+        grown = budget.data_bytes() - before
+        del held
+        return grown
+
+    found = [
+        growth(lambda: torch.empty(1 << 20, dtype=torch.uint8)),
+        growth(lambda: [ctypes.create_string_buffer(9 << 10) for _ in range(400)]),
+        growth(lambda: [bytes(200) for _ in range(10_000)]),
+    ]
+    send(json.dumps([*found, len(blocks)]).encode())
+
+
+def test_a_laid_out_heap_maps_tensors_and_has_room_for_the_rest() -> None:
+    """Without it, a hole takes the tensor for nothing, and small things make the data grow."""
+    tensor, blocks, objects, _ = ask(lay, True)
+    assert MIB <= tensor <= MIB + 8192
+    assert (blocks, objects) == (0, 0)
+    tensor, blocks, objects, _ = ask(lay, False)
+    assert tensor == 0
+    assert objects > 0
 
 
 def test_the_limit_is_exact_to_a_mebibyte() -> None:

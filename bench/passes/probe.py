@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bench import budget, runtimes
+from bench import budget, heap, runtimes
 from bench.jobs import Finished, Job, Measure
 from bench.measurement import Memory
 from bench.passes import cuda_memory
@@ -41,15 +41,16 @@ def _reach_peak(job: Job, session: Session) -> None:
 
 def _on_cpu(job: Job) -> Measure:
     assert job.limit_bytes is not None
-    budget.fix_malloc()
+    heap.fix_malloc()
     _warm_up(job)
     loading.warm_up(job.subject, job.options)
-    budget.settle()
+    heap.settle()
+    heap.lay_out()
     baseline = budget.resident_bytes()
     budget.limit_data(job.limit_bytes)
 
     def probe(job: Job, session: Session) -> Finished:
-        budget.settle()
+        heap.settle()
         resets = budget.reset_peak()
         _reach_peak(job, session)
         reasons = {"reserved": NO_ALLOCATOR, "device_used": NO_DEVICE, "context": NO_DEVICE, "first_call": SEPARATE}

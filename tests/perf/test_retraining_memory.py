@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from bench import budget
+from bench import budget, heap
 from shortllama.retraining.recipes import Stage
 from shortllama.shape import ModelShape
 
@@ -37,7 +37,7 @@ ESTIMATE = 0.15
 
 def _child(answer: Connection, shape: ModelShape, stage: Stage) -> None:
     """Retrain, and send the bytes held beside the weights at the peak, as seen, as recorded and as estimated."""
-    budget.fix_malloc()
+    heap.fix_malloc()
     import torch
 
     from shortllama import surgery
@@ -59,7 +59,7 @@ def _child(answer: Connection, shape: ModelShape, stage: Stage) -> None:
         return loop.retrain(model, Recipe("perf", (given,)), [data], teacher=teacher)[0]
 
     run(1)  # code paged in once, and buffers that libraries keep, are then there
-    budget.settle()
+    heap.settle()
     resets, before = budget.reset_peak(), budget.resident_bytes()
     assert stage.steps is not None
     done = run(stage.steps)

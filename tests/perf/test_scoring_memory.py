@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from bench import budget
+from bench import budget, heap
 from shortllama.shape import ModelShape
 from shortllama.variants import Variant
 
@@ -38,7 +38,7 @@ def _calibration(samples: int) -> Any:
 
 def _child(answer: Connection, criterion: str, estimator: str | None, samples: int, in_file: bool) -> None:
     """Score, and send the bytes of the weights, those held beside them at the peak, and what was expected."""
-    budget.fix_malloc()
+    heap.fix_malloc()
     import torch
 
     from shortllama import scoring, surgery
@@ -55,10 +55,10 @@ def _child(answer: Connection, criterion: str, estimator: str | None, samples: i
         return made
 
     build(msgspec.structs.replace(SHAPE, blocks=SHAPE.blocks[:1]))
-    budget.settle()
+    heap.settle()
     empty = budget.resident_bytes()
     model = build(SHAPE)
-    budget.settle()
+    heap.settle()
     weights = budget.resident_bytes() - empty
     used = _calibration(samples)
     need = memory.need(SHAPE, criterion, [LENGTH] * samples, variant=variant)
@@ -68,7 +68,7 @@ def _child(answer: Connection, criterion: str, estimator: str | None, samples: i
         need = memory.need(SHAPE, criterion, [LENGTH] * samples, variant=variant)
         assert need is not None
         assert need.file
-    budget.settle()
+    heap.settle()
     resets, before = budget.reset_peak(), budget.resident_bytes()
     scores = scoring.score(model, criterion, used, variant=variant)
     held = budget.peak_bytes() - before
