@@ -66,8 +66,7 @@ def lines(plan: Schedule, by: Calibration | None) -> list[str]:
 
 def largest(group: Group) -> int:
     """Return the largest batch of a group that the memory model lets fit; 0 where not even one does."""
-    key = group.key
-    return memory.largest_batch(group.subject.shape, key.runtime, key.dtype, key.prompt, key.output, group.limit_bytes)
+    return memory.largest_of(group.subject.shape, group.key, group.limit_bytes)
 
 
 def throughput(one: Planned) -> float | None:

@@ -135,7 +135,7 @@ def _predicted(
     found: list[Candidate] = []
     for cell in {msgspec.structs.replace(one.cell, budget="none"): None for one in cells}:
         shape = subjects.resolve(cell.subject).shape
-        size = memory.predict(shape, cell.runtime, cell.dtype, cell.batch, cell.prompt, cell.output)
+        size = memory.of_cell(shape, cell)
         if size > device.memory_bytes or cell.dtype not in device.flops:
             continue
         call = prediction.call_s(shape, cell, device)

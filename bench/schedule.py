@@ -140,7 +140,7 @@ def _group(
     limit = clock.device.memory_bytes if budget is None else min(budget, clock.device.memory_bytes)
     planned: list[Planned] = []
     for cell in cells:
-        size = memory.predict(subject.shape, cell.runtime, cell.dtype, cell.batch, cell.prompt, cell.output)
+        size = memory.of_cell(subject.shape, cell)
         if keep is None or keep(cell):
             call, spent = clock.seconds(cell, subject) if size <= limit else (0.0, 0.0)
             planned.append(Planned(cell, cell.id, size, call, spent, "ok" if size <= limit else "oom"))

@@ -62,7 +62,7 @@ def run(plan: Schedule, settings: Settings, folder: Path, watch: Watch) -> list[
 def search(group: Group, settings: Settings, watch: Watch) -> Frontier:
     """Return the frontier of one group; its `environment` is left to the caller."""
     key, shape, limit = group.key, group.subject.shape, _limit(group, settings)
-    predicted = memory.largest_batch(shape, key.runtime, key.dtype, key.prompt, key.output, limit)
+    predicted = memory.largest_of(shape, key, limit)
     row = Frontier(
         cell=key,
         environment="",

@@ -7,12 +7,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import shapes
 
 from bench import memory, paper
+from bench.cells import Cell
 from bench.runtimes.protocol import Options
 from bench.subjects import Subject
 from shortllama import catalogue
@@ -154,11 +156,51 @@ def shape_of(vocabulary: int, hidden: int, heads: int, kv: int, neurons: int, fa
 def test_the_prediction_is_what_live_tensors_take(
     runtime: str, shape: ModelShape, dtype: str, batch: int, prompt: int, output: int
 ) -> None:
-    options = Options(dtype, "sdpa", "cpu", 0, 1)
+    predicted, live = predicted_and_live(runtime, shape, dtype, (batch, prompt, output), "sdpa")
+    assert predicted == pytest.approx(live, rel=0.07 if shape.qk_norm else 0.035)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "static"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        (shape_of(100, 128, 4, 4, 64), (2, 128, 2)),
+        (shape_of(100, 128, 8, 2, 64), (2, 128, 128)),  # heads that share K and V
+        (shape_of(100, 256, 8, 8, 64), (8, 64, 2)),
+        (shape_of(100, 64, 8, 4, 64), (16, 1, 64)),  # a step leads
+        (shape_of(100, 64, 8, 4, 1024), (4, 16, 16)),  # the FFN leads all the same
+    ],
+    ids=["heads", "groups", "prefill", "step", "ffn"],
+)
+def test_score_matrices_are_counted(runtime: str, dtype: str, shape: ModelShape, sizes: tuple[int, int, int]) -> None:
+    predicted, live = predicted_and_live(runtime, shape, dtype, sizes, "eager")
+    assert predicted == pytest.approx(live, rel=0.035)
+
+
+def test_a_family_without_sdpa_has_score_matrices_in_any_case() -> None:
+    shape = shape_of(100, 128, 4, 2, 64)
+    gemma = ModelShape.uniform(
+        family="gemma2", vocabulary=100, hidden=128, head_dim=32, blocks=4, query_heads=4, kv_heads=2, neurons=64
+    )
+    sizes = ("static", "float32", 4, 128, 8)
+    assert memory.predict(gemma, *sizes) == memory.predict(gemma, *sizes, attention="eager")
+    assert memory.predict(shape, *sizes) < memory.predict(shape, *sizes, attention="eager")
+    limit = memory.predict(shape, *sizes, attention="eager")
+    cell = Cell("m", "static", "float32", "eager", 128, 8, "none", 4)
+    assert memory.of_cell(shape, cell) == limit
+    assert memory.largest_of(shape, cell, limit) == 4
+    assert memory.largest_of(shape, msgspec.structs.replace(cell, attention="sdpa"), limit) > 4
+
+
+def predicted_and_live(
+    runtime: str, shape: ModelShape, dtype: str, sizes: tuple[int, int, int], attention: str
+) -> tuple[int, int]:
+    """Return what is predicted beside the weights, and the peak of the tensors that are alive."""
+    options = Options(dtype, attention, "cpu", 0, 1)
     session = importlib.import_module(f"bench.runtimes.{runtime}").open_session(Subject("m", shape, "m"), options)
     with counting() as live:
-        session.prepare(batch, prompt, output)
+        session.prepare(*sizes)
         session.probe()
     session.close()
-    predicted = memory.predict(shape, runtime, dtype, batch, prompt, output) - shape.weight_bytes(dtype)
-    assert predicted == pytest.approx(live.peak, rel=0.07 if shape.qk_norm else 0.035)
+    return memory.predict(shape, runtime, dtype, *sizes, attention=attention) - shape.weight_bytes(dtype), live.peak

@@ -130,7 +130,7 @@ class RooflineSession:
         """Return the analytic peak of the prepared cell: what a device would report as allocated."""
         assert self._cell is not None, "prepare() comes first"
         cell = self._cell
-        return memory.predict(self._subject.shape, NAME, cell.dtype, cell.batch, cell.prompt, cell.output)
+        return memory.of_cell(self._subject.shape, cell)
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
