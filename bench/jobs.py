@@ -74,6 +74,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     memory: Memory = Memory()
     graphs: Graphs | None = None
     operations: dict[str, int] | None = None
+    kernel_s: float | None = None
     profile: Profile | None = None
 
 

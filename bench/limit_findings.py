@@ -10,6 +10,9 @@ from bench.report.summaries import Grid, Summary
 from bench.report.values import Finding
 from bench.report.wording import Commands
 
+# Two ways to the share of launching are called the same within so much of a step.
+AGREE = 0.1
+
 _LIMITS = {
     "launch": "launching",
     "bandwidth": "memory bandwidth",
@@ -46,6 +49,18 @@ def _nearest(cells: Sequence[Summary]) -> str:
         parts += [f"the best reaches {quantities.share(max(known))} of {name}"] if known else []
     shares = [share for cell in cells if cell.limits for share in (cell.limits.launch_share,) if share is not None]
     parts += [f"launching takes up to {quantities.share(max(shares))} of a step"] if shares else []
+    checked = [
+        (cell.limits.launch_share, cell.limits.idle_share)
+        for cell in cells
+        if cell.limits and cell.limits.launch_share is not None and cell.limits.idle_share is not None
+    ]
+    if checked:
+        pair, idle = max(checked, key=lambda one: abs(one[0] - one[1]))
+        agree = "agrees" if abs(pair - idle) <= AGREE else "does not agree"
+        parts.append(
+            f"the profiler {agree}: where a graph saves {quantities.share(pair)}, the device idles "
+            f"{quantities.share(idle)} of the step"
+        )
     least = [share for cell in cells if cell.limits for share in (cell.limits.dispatch_share,) if share is not None]
     parts += [f"dispatching operations takes at least {quantities.share(max(least))} of a step"] if least else []
     text = "; ".join(parts)

@@ -7,7 +7,10 @@ kernels over the same cache, and only one has to launch them. (Against `eager` t
 count as launching.) Above 25 % a step is launch-bound. Otherwise the larger of bytes over bandwidth and FLOPs over rate
 decides, or `cache` where what a step reads fits the last-level cache, and bytes are the larger.
 
-Without that pair of rows a regime is named only where one cause can be shown to take enough of the step:
+The profiler checks that: 1 - seconds of kernels in a step / seconds of the step is the share in which nothing ran. It
+stands in the first row of each group on CUDA, and decides where the pair of rows is missing.
+
+Without either a regime is named only where one cause can be shown to take enough of the step:
 - on a CPU, the operations of a step times the measured cost of dispatching an empty one cannot overlap with work, so
   they are the least that launching takes; above 25 % the step is launch-bound;
 - where bytes or FLOPs at the measured peaks take at least half of the step, they limit it.
@@ -63,13 +66,15 @@ _UNKNOWN = Shares(None, None)
 class Limits(msgspec.Struct, frozen=True):
     """What limits a cell. `regime`: launch, bandwidth, compute, cache, or None with the reason in `why`.
 
-    `launch_share`: of the step, by its pair of rows; `dispatch_share`: the least it can be on a CPU; `sheet` and
+    `launch_share`: of the step, by its pair of rows; `idle_share`: of the step in which no kernel ran, by the profiler
+    (None where graphs launch themselves); `dispatch_share`: the least it can be on a CPU; `sheet` and
     `measured`: shares of the datasheet's peaks and of the machine's own ceilings.
     """
 
     regime: str | None = None
     why: str | None = None
     launch_share: float | None = None
+    idle_share: float | None = None
     dispatch_share: float | None = None
     sheet: Shares = _UNKNOWN
     measured: Shares = _UNKNOWN
@@ -138,13 +143,14 @@ def _limits(row: Measurement, steps: Mapping[tuple[str, Cell], float], machine: 
         return Limits(why="a single new token has no decode step")
     sheet = shares(row.bounds, step, row.cell.dtype, machine.sheet)
     measured = shares(row.bounds, step, row.cell.dtype, _roof(machine))
-    share = _launching(row, steps)
+    share, idle = _launching(row, steps), _idle(row, step)
     least = _dispatching(row.bounds, step, machine)
     # The simulator's steps are its device's figures by construction; of anything else, ceilings are nearer the truth.
     best = sheet if machine.simulated or measured.roof is None else measured
     launches = row.cell.runtime != GRAPH and not row.simulated
-    regime, why = _regime(row.cell.runtime, share if launches else 0.0, least, best, machine)
-    return Limits(regime, why, share, least, sheet, measured)
+    told = share if share is not None else idle
+    regime, why = _regime(row.cell.runtime, told if launches else 0.0, least, best, machine)
+    return Limits(regime, why, share, idle, least, sheet, measured)
 
 
 def _roof(machine: Known) -> Device | None:
@@ -175,6 +181,14 @@ def _launching(row: Measurement, steps: Mapping[tuple[str, Cell], float]) -> flo
     graph = steps.get((row.environment, msgspec.structs.replace(row.cell, runtime=GRAPH)))
     launched = steps.get((row.environment, row.cell))
     return launch_share(graph, launched) if graph and launched else None
+
+
+def _idle(row: Measurement, step: float) -> float | None:
+    """The share of a step in which no kernel ran, by the profiler."""
+    assert row.bounds is not None
+    if row.bounds.kernel_s is None or row.cell.runtime == GRAPH:
+        return None
+    return launch_share(row.bounds.kernel_s, step)
 
 
 def _dispatching(bounds: Bounds, step: float, machine: Known) -> float | None:

@@ -74,7 +74,7 @@ def of(group: Group, heard: Heard, probed: Heard | None, context: Context) -> Me
         warm_up=result.warm_up,
         stop=result.stop,
         tokens=result.tokens,
-        bounds=msgspec.structs.replace(bounds, ops_per_token=result.operations),
+        bounds=msgspec.structs.replace(bounds, ops_per_token=result.operations, kernel_s=result.kernel_s),
         graphs=result.graphs,
         telemetry=heard.telemetry,
     )

@@ -209,8 +209,91 @@ def test_counting_operations_that_does_not_fit_leaves_the_row_without(monkeypatc
         def operations(self) -> None:
             raise OutOfMemory("full")
 
+        def kernel_seconds(self) -> None:
+            raise OutOfMemory("full")
+
     whole = jobs.Finished(0, 0.0, tokens=8)
     assert measure._with_operations(whole, Full()) == whole  # type: ignore[arg-type]
+    assert measure._with_kernels(whole, Full()) == whole  # type: ignore[arg-type]
+
+
+def test_kernels_are_profiled_once_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.passes import measure
+
+    class Traced:
+        def graphs(self) -> None:
+            return None
+
+        def operations(self) -> dict[str, int]:
+            return {"mm": 1}
+
+        def kernel_seconds(self) -> float:
+            return 0.002
+
+    work = job(cell(1, "eager"), cell(2, "eager"), timing="careful", cell_seconds=0.05)
+    monkeypatch.setattr(measure, "_on_cpu", lambda *_: jobs.Finished(0, 0.0, tokens=8))
+    timed = measure.open_pass(work)
+    assert [timed(work, Traced()).kernel_s for _ in work.cells] == [0.002, None]  # type: ignore[arg-type]
+
+
+def test_kernel_seconds_are_the_device_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a profile's rows, what the device took itself; a CPU launches nothing."""
+    import torch
+
+    from bench.runtimes import kernels
+
+    class Average:
+        def __init__(self, device_us: float) -> None:
+            self.self_device_time_total, self.self_cpu_time_total = device_us, 9e9
+
+    assert kernels.total([Average(1500.0), Average(0.0), Average(500.0)]) == pytest.approx(0.002)
+    assert kernels.total([Average(0.0)]) is None
+    assert kernels.seconds(lambda: pytest.fail("run for nothing"), "cpu") is None
+    waits: list[str] = []
+    done: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.setattr(kernels, "profile", Profiled([Average(3000.0)]))
+    assert kernels.seconds(lambda: done.append(len(waits) == 1), "cuda:0") == pytest.approx(0.003)
+    assert (done, waits) == ([True], ["cuda:0", "cuda:0"]), "waited before the step, and for it"
+
+
+class Profiled:
+    """Stands for torch's profiler, with these averages."""
+
+    def __init__(self, averages: list[Any]) -> None:
+        self._averages = averages
+
+    def __call__(self, activities: list[Any]) -> Profiled:
+        return self
+
+    def __enter__(self) -> Profiled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def key_averages(self) -> list[Any]:
+        return self._averages
+
+
+def test_a_loop_profiles_its_first_step_after_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.runtimes import kernels, static
+    from bench.runtimes.protocol import Options
+
+    session = static.open_session(Subject("small", SMALL, "small"), Options("float32", "sdpa", "cpu", 0, 1))
+    lengths: list[int] = []
+
+    def seconds(work: Any, device: str) -> float:
+        lengths.append(work().shape[0])
+        assert device == "cpu"
+        return 0.5
+
+    monkeypatch.setattr(kernels, "seconds", seconds)
+    session.prepare(3, 4, 2)
+    assert session.kernel_seconds() == 0.5
+    session.prepare(3, 4, 1)
+    assert session.kernel_seconds() is None, "a single token has no decode step"
+    assert lengths == [3]
 
 
 def test_a_subject_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:

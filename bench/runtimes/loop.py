@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from bench.measurement import Graphs
-from bench.runtimes import caches
+from bench.runtimes import caches, kernels
 from bench.runtimes.loading import allocating, random_prompt
 from bench.runtimes.marks import Marks, marks
 from bench.runtimes.operations import Counted
@@ -139,6 +139,17 @@ class Loop:
         with Counted() as counted:
             self._step(cache, token, self._step_positions[0])
         return counted.by_name
+
+    @allocating
+    @torch.inference_mode()
+    def kernel_seconds(self) -> float | None:
+        """Return the seconds that kernels of the first decode step run; None on a CPU and without a decode step."""
+        assert self._caches is not None, "prepare a cell first"
+        if not self._step_positions:
+            return None
+        cache = self._caches.fresh()
+        token = self._step(cache, self._ids, self._prompt_positions)
+        return kernels.seconds(lambda: self._step(cache, token, self._step_positions[0]), self._options.device)
 
     @allocating
     @torch.inference_mode()

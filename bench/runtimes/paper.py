@@ -97,6 +97,10 @@ class PaperSession:
         """Nothing is compiled or captured."""
         return None
 
+    def kernel_seconds(self) -> float | None:
+        """The steps of `generate` are not run one by one."""
+        return None
+
     @allocating
     def operations(self) -> dict[str, int] | None:
         """Return how often one more token calls each operation: a call of 3 tokens less one of 2, sampling included."""

@@ -68,6 +68,13 @@ class Session(Protocol):
         """
         ...
 
+    def kernel_seconds(self) -> float | None:
+        """Return the seconds that a device's kernels run in one decode step of the prepared cell, by the profiler.
+
+        None where that says nothing: on a CPU, in a simulation, where steps are not ours. Otherwise as `operations`.
+        """
+        ...
+
     def generate(self, prompt_ids: list[list[int]], output: int) -> list[list[int]]:
         """Return the greedy new tokens for equal-length prompts, (B, output): what agreement tests compare."""
         ...

@@ -113,6 +113,10 @@ class RooflineSession:
         """Nothing runs here."""
         return None
 
+    def kernel_seconds(self) -> float | None:
+        """Nothing runs here."""
+        return None
+
     def operations(self) -> dict[str, int] | None:
         """Nothing runs here."""
         return None
