@@ -21,7 +21,7 @@ from bench import cli, paper
 from bench.report import delimited, markdown, merging, publish, quantities, write
 from bench.report.figures import canvas, draw
 from bench.report.figures.placement import Box
-from bench.report.studies import beside, held, importance, outcomes, pairing, parts, series
+from bench.report.studies import beside, claims, held, importance, outcomes, pairing, parts, series
 from bench.report.values import Report
 from shortllama.errors import InputError
 from shortllama.evaluation.results import Quality
@@ -278,6 +278,74 @@ def test_the_best_is_found_among_those_that_were_retrained_alike(report):
     assert first.command.startswith("shortllama prune reference --method ppl --ratio 0.2 --calibration self")
 
 
+def test_what_removed_another_share_is_not_ranked(study):
+    """LLM-Pruner's ratio is one of the unprotected blocks: less of the model goes, and more quality stays."""
+    less = tuple(
+        msgspec.structs.replace(
+            row, label="thrifty", achieved=Achieved(0.1, 12), before=cases.quality(0.05), after=None
+        )
+        for row in study.rows
+        if (row.label, row.recipe, row.ratio) == ("wanda-sp", "none", 0.35)
+    )
+    finding = of_kind(parts.report([edited(study, rows=study.rows + less)]), "best")[1]
+    assert "ppl keeps most without retraining" in finding.headline
+    assert "Not ranked, since they removed another share: thrifty (10" in finding.cause
+
+
+def test_claims_are_judged_between_models_that_lost_as_much(report, study):
+    (finding,) = of_kind(report, "claims")
+    assert finding.headline == "Of 8 claims of the papers, 7 hold and 1 cannot be told on reference."
+    assert "Cannot be told: Generating falls more than choosing." in finding.cause
+    rows = {row["claim"]: row for row in rows_of(report, "study-claims")}
+    width = rows["After retraining, removing blocks is no worse than reducing widths"]
+    assert (width["verdict"], width["held_in"], width["cases"]) == ("holds", 1, 1)
+    assert "ppl 11.0" in str(width["numbers"])
+    worse = tuple(
+        msgspec.structs.replace(row, before=cases.quality(0.05), after=row.after and cases.quality(0.02))
+        if row.label == "wanda-sp" else row
+        for row in study.rows
+    )  # fmt: skip
+    rows = {row["claim"]: row for row in rows_of(parts.report([edited(study, rows=worse)]), "study-claims")}
+    assert rows["After retraining, removing blocks is no worse than reducing widths"]["verdict"] == "does not hold"
+    assert rows["LoRA wins back at least half of what removing blocks cost"]["verdict"] == "holds"
+    far = tuple(
+        msgspec.structs.replace(row, achieved=Achieved(row.ratio - 0.06, 12)) if row.label == "wanda-sp" else row
+        for row in study.rows
+    )
+    rows = {row["claim"]: row for row in rows_of(parts.report([edited(study, rows=far)]), "study-claims")}
+    assert "After retraining, removing blocks is no worse than reducing widths" not in rows
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ([], None), ([True, True], "holds"), ([False], "does not hold"), ([True, False], "holds in part"),
+        ([None, True], "holds"), ([None, None, True], "cannot be told"), ([None], "cannot be told"),
+    ],
+)  # fmt: skip
+def test_a_verdict_needs_half_of_its_cases(held, expected):
+    assert claims.verdict([claims.Case("", one) for one in held]) == expected
+
+
+def test_a_claim_of_accuracies_counts_what_errors_leave(study):
+    """Twice the loss, in tasks of a million items: errors are as good as none."""
+    sure = msgspec.structs.replace
+    rows = tuple(sure(row, before=certain(row.before), after=row.after and certain(row.after)) for row in study.rows)
+    made = parts.report([edited(study, rows=rows)])
+    (finding,) = of_kind(made, "choosing")
+    assert "in 22 of 22 ways to prune, less in 0" in finding.headline
+    found = {row["claim"]: row["verdict"] for row in rows_of(made, "study-claims")}
+    assert found["Generating falls more than choosing"] == "holds"
+
+
+def certain(quality: Quality) -> Quality:
+    tasks = {
+        name: msgspec.structs.replace(one, standard_error=(one.standard_error or 0.0) / 1000)
+        for name, one in quality.zero_shot.tasks.items()
+    }
+    return msgspec.structs.replace(quality, zero_shot=msgspec.structs.replace(quality.zero_shot, tasks=tasks))
+
+
 def test_a_lead_within_what_seeds_differ_is_called_so(study):
     near = tuple(
         msgspec.structs.replace(row, before=cases.quality(0.215), after=row.after and cases.quality(0.108))
@@ -309,7 +377,7 @@ def test_several_cuts_are_held_against_the_papers_finding(report, study):
 
 def test_generating_against_choosing_only_where_the_dense_model_does_not_guess(report, study):
     (finding,) = of_kind(report, "choosing")
-    assert "in 22 of 22 ways to prune" in finding.headline
+    assert "in 4 of 22 ways to prune, less in 0, and as much within two standard errors in 18" in finding.headline
     dense = cases.quality()
     tasks = {**dense.zero_shot.tasks, "hellaswag": cases.accuracy("hellaswag", 0.26)}  # four endings: a guess is 0.25
     guessing = msgspec.structs.replace(dense, zero_shot=msgspec.structs.replace(dense.zero_shot, tasks=tasks))

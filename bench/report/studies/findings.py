@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from bench.report import quantities, wording
-from bench.report.studies import beside, commands, pairing
+from bench.report.studies import beside, claims, commands, pairing
 from bench.report.studies.held import Held
-from bench.report.studies.outcomes import Outcome, comparable, final, mean, named, outcomes, recipes, spread
+from bench.report.studies.outcomes import Outcome, comparable, mean, named, outcomes, recipes, spread
 from bench.report.values import Finding
 from shortllama.evaluation.tasks import TASKS
 from shortllama.studies import summary
@@ -31,13 +32,15 @@ def best(held: Held) -> list[Finding]:
     text = _text(held)
     found: list[Finding] = []
     for ratio, rivals in _by_ratio(held, text).items():
-        ranked = sorted(rivals, key=lambda one: mean(one.result(text)))
+        level = median([one.removed for one in rivals])
+        alike = [one for one in rivals if abs(one.removed - level) <= claims.ALIKE]
+        ranked = sorted(alike, key=lambda one: mean(one.result(text)))
         if len(ranked) > 1:
-            found.append(_best(held, text, ratio, ranked))
+            found.append(_best(held, text, ratio, ranked, [one for one in rivals if one not in alike]))
     return found
 
 
-def _best(held: Held, text: str, ratio: float, ranked: Sequence[Outcome]) -> Finding:
+def _best(held: Held, text: str, ratio: float, ranked: Sequence[Outcome], others: Sequence[Outcome]) -> Finding:
     first, second = ranked[:2]
     worst = ranked[-1]
     base = held.dense.perplexity[text].perplexity if held.dense and text in held.dense.perplexity else None
@@ -52,6 +55,9 @@ def _best(held: Held, text: str, ratio: float, ranked: Sequence[Outcome]) -> Fin
     headline = f"At {quantities.share(ratio)}, {name} {verb} {after}: perplexity {values}."
     cause = f"{name} removed {_removed(first)} of the parameters, {named(second, ranked)} {_removed(second)}; "
     cause += f"{_seeds(ranked)}."
+    if others:
+        gone = [f"{named(one, others)} ({_removed(one)}, perplexity {_value(one, text)})" for one in others]
+        cause += f" Not ranked, since they removed another share: {wording.join(gone)}."
     brief = f"At {quantities.share(ratio)} {name} {'is best' if apart else verb} {after}: perplexity "
     brief += quantities.significant(mean(first.result(text)))
     brief += f" where the dense model has {quantities.significant(base)}." if base else "."
@@ -83,6 +89,32 @@ def _seeds(ranked: Sequence[Outcome]) -> str:
 
 def _removed(one: Outcome) -> str:
     return quantities.share(one.removed)
+
+
+# -- what is claimed --------------------------------------------------------------------------------------------------
+
+
+def claimed(held: Held) -> list[Finding]:
+    """How many of the papers' claims hold, and which do not."""
+    table = claims.table(held)
+    if table is None:
+        return []
+    said: dict[str, list[str]] = {}
+    for claim, _, verdict, *_ in table.rows:
+        said.setdefault(str(verdict), []).append(str(claim))
+    order = [one for one in (claims.HOLDS, claims.MIXED, claims.FAILS, claims.UNTOLD) if one in said]
+    counts = wording.join([_counted(len(said[verdict]), verdict) for verdict in order])
+    headline = (
+        f"Of {wording.plural(len(table.rows), 'claim')} of the papers, {counts} on {quantities.inert(held.model)}."
+    )
+    parts = [f"{verdict[:1].upper()}{verdict[1:]}: {'; '.join(said[verdict])}." for verdict in order[::-1]]
+    return [Finding("claims", headline, " ".join(parts), commands.again(held), brief=headline)]
+
+
+def _counted(number: int, verdict: str) -> str:
+    """A number with a verdict, as a plural where it is one."""
+    said = verdict.replace("holds", "hold").replace("does", "do") if number > 1 else verdict
+    return f"{number} {said}"
 
 
 # -- what retraining does ----------------------------------------------------------------------------------------------
@@ -212,29 +244,20 @@ def choosing(held: Held) -> list[Finding]:
         command = shlex.join(["shortllama", "eval", held.model, "--tasks", ",".join(known)])
         return [Finding("choosing", headline, cause, command)]
     useful = [[name for name in names if name not in dull] for names in (picks, writes)]
-    lost = [(one, *(_lost(held, one, names) for names in useful)) for one in final(outcomes(held))]
-    known_of = [(one, a, b) for one, a, b in lost if a is not None and b is not None]
-    return [_choosing(held, known_of, useful, dull)] if known_of else []
+    lost = claims.falls(held)
+    return [_choosing(held, lost, useful, dull)] if lost else []
 
 
-def _lost(held: Held, one: Outcome, names: Sequence[str]) -> float | None:
-    """Return the share of the dense model's lead over guessing that is gone, None where a task was not evaluated."""
-    now = {name: one.accuracy(name) for name in names}
-    known = {name: value for name, value in now.items() if value is not None}
-    assert held.dense is not None
-    return summary.lead_lost(names, summary.telling(held.dense), known) if len(known) == len(now) else None
-
-
-def _choosing(
-    held: Held, lost: Sequence[tuple[Outcome, float, float]], useful: Sequence[Sequence[str]], dull: Sequence[str]
-) -> Finding:
-    more = sum(written > chosen for _, chosen, written in lost)
-    one, chosen, written = max(lost, key=lambda item: item[2] - item[1])
-    every = [other for other, _, _ in lost]
+def _choosing(held: Held, lost: Sequence[claims.Fall], useful: Sequence[Sequence[str]], dull: Sequence[str]) -> Finding:
+    counts = {how: sum(one.writing_first is how for one in lost) for how in (True, False, None)}
+    one = max(lost, key=lambda item: abs(item.written - item.chosen))
+    every = [other.outcome for other in lost]
+    where = f"{named(one.outcome, every)} at {quantities.share(one.outcome.ratio)}"
     headline = (
-        f"Generating ({wording.join(useful[1])}) fell more than choosing ({wording.join(useful[0])}) in {more} of "
-        f"{wording.plural(len(lost), 'way')} to prune; {named(one, every)} at {quantities.share(one.ratio)} lost "
-        f"{quantities.share(written)} and {quantities.share(chosen)} of the dense model's lead over guessing."
+        f"Generating ({wording.join(useful[1])}) fell more than choosing ({wording.join(useful[0])}) in {counts[True]} "
+        f"of {wording.plural(len(lost), 'way')} to prune, less in {counts[False]}, and as much within two standard "
+        f"errors in {counts[None]}; furthest apart, {where} lost {quantities.share(one.written)} and "
+        f"{quantities.share(one.chosen)} of the dense model's lead over guessing."
     )
     cause = "Choices are told apart by what is left of a ranking; a word to write has to be the likeliest of all."
     cause += f" Left out, because the dense model guesses: {wording.join(dull)}." if dull else ""
@@ -253,7 +276,9 @@ def unfinished(held: Held) -> list[Finding]:
     return [Finding("unfinished", headline, "What follows is drawn from these alone.", command, brief=headline)]
 
 
-RULES: tuple[Callable[[Held], list[Finding]], ...] = (unfinished, best, won_back, cuts, paper_order, choosing)
+RULES: tuple[Callable[[Held], list[Finding]], ...] = (
+    unfinished, best, claimed, won_back, cuts, paper_order, choosing,
+)  # fmt: skip
 
 
 # -- shared parts ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 from bench.report import evaluations, quantities
+from bench.report.studies import claims
 from bench.report.studies.held import Held, subject
 from bench.report.studies.importance import Importance, importances
 from bench.report.studies.outcomes import final, is_quantised, mean, outcomes, seven, spread
@@ -167,7 +168,7 @@ def _recipe(name: str) -> str:
 
 
 Builder: TypeAlias = Callable[[Held], Table | None]
-RESULTS: tuple[Builder, ...] = (perplexities, tasks)
+RESULTS: tuple[Builder, ...] = (claims.table, perplexities, tasks)
 DETAILS: tuple[Builder, ...] = (costs, generations, scores)
 
 
