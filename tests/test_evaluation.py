@@ -237,6 +237,21 @@ def test_the_command_runs_tasks_over_local_files(harness, run_command, data_dir,
     assert "0-shot, lm-eval 0.4." in done.stdout
 
 
+def test_tasks_of_text_are_written_by_the_dense_model_whatever_is_evaluated(harness, reference, pruned, tmp_path):
+    """A pruned folder and the dense model meet the same items; a task from a file stands beside."""
+    from shortllama.evaluation import named, tasks
+
+    (tmp_path / "piqa.jsonl").write_text('{"query": "Why?", "choices": ["so", "no"], "gold": 0}\n' * 2)
+    wanted = named.Wanted(tasks=(tasks.WORD, "piqa"), task_data=tmp_path, limit=6, seed=4)
+    found = [next(iter(named.evaluate(one, wanted).subjects.values())).zero_shot for one in (reference, pruned)]
+    word = [one.tasks[tasks.WORD] for one in found]
+    assert {one.origin for one in word} == {"text of reference, seed 4"}
+    assert word[0].digest == word[1].digest
+    assert word[0].metrics["perplexity"] < word[1].metrics["perplexity"]
+    assert [one.tasks["piqa"].items for one in found] == [2, 2]
+    assert word[0].items == word[0].published <= 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -181,6 +181,7 @@ def test_parts_of_a_way_in_steps_remove_what_the_ratio_removes(ratio: float):
             'ids.jsonl", "self"]\nseed = 0',
             "the very text that is calibrated and retrained on",
         ),
+        ("limit = 8", 'tasks = ["self-word"]\nseed = 0', "the very text that is calibrated and retrained on"),
     ],
 )
 def test_bad_studies_are_refused_with_the_key(old: str, new: str, said: str):
