@@ -95,7 +95,7 @@ def _removed(one: Outcome) -> str:
 
 
 def claimed(held: Held) -> list[Finding]:
-    """How many of the papers' claims hold, and which do not."""
+    """How many of the papers' claims hold, and which do not; the table has the others."""
     table = claims.table(held)
     if table is None:
         return []
@@ -107,7 +107,8 @@ def claimed(held: Held) -> list[Finding]:
     headline = (
         f"Of {wording.plural(len(table.rows), 'claim')} of the papers, {counts} on {quantities.inert(held.model)}."
     )
-    parts = [f"{verdict[:1].upper()}{verdict[1:]}: {'; '.join(said[verdict])}." for verdict in order[::-1]]
+    named = order[::-1] if order == [claims.HOLDS] else [one for one in order[::-1] if one != claims.HOLDS]
+    parts = [f"{verdict[:1].upper()}{verdict[1:]}: {'; '.join(said[verdict])}." for verdict in named]
     return [Finding("claims", headline, " ".join(parts), commands.again(held), brief=headline)]
 
 
