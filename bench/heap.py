@@ -53,8 +53,8 @@ def settle() -> None:
 def lay_out() -> bool:
     """Leave no hole for a tensor and much room for small things; False where the C library is not glibc.
 
-    Call it after `fix_malloc`, when all that belongs to no cell is there, before the limit. What it takes it keeps for
-    good, nearly all of it without memory behind it.
+    Call it after `fix_malloc` and `settle`, when all that belongs to no cell is there, before the limit; `settle` would
+    later give back the pages that it made ready. What it takes it keeps for good.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
@@ -63,9 +63,9 @@ def lay_out() -> bool:
     libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
     libc.realloc.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     _keep_arenas()
-    _fill_holes(libc)
+    _fill_holes(libc, _LARGE_HOLE_BYTES)
     _make_small_holes(libc)
-    _fill_holes(libc)  # what growing left at the heap's end
+    _fill_holes(libc, MMAP_THRESHOLD_BYTES)  # what growing left at the heap's end
     return True
 
 
@@ -75,29 +75,36 @@ def _keep_arenas() -> None:
     _kept.extend({id(one) // _ARENA_BYTES: one for one in objects}.values())
 
 
-def _fill_holes(libc: Any) -> None:
-    """Allocate every free piece of the heap that a tensor could be put into, largest first."""
+def _fill_holes(libc: Any, least: int) -> None:
+    """Allocate every free piece of the heap of `least` bytes or more, largest first.
+
+    Below the mmap threshold the heap grows where no hole is left; what it grew by is kept, or it would be a hole.
+    """
     start, end = _heap()
     size = end - start
-    while size >= _LARGE_HOLE_BYTES:
+    while size >= least:
         block = libc.malloc(size)
         if block is not None and start <= block and block + size <= end:
             continue  # a hole of that size, and perhaps another
-        libc.free(block)  # mapped by itself, or where the heap grew for it
+        if size >= MMAP_THRESHOLD_BYTES:
+            libc.free(block)  # mapped by itself
         size = int(size * 0.98) & ~15
 
 
 def _make_small_holes(libc: Any) -> None:
-    """Grow the heap by pieces below the mmap threshold, each free but for its first bytes, which keep them apart."""
+    """Grow the heap by pieces below the mmap threshold, each free but for its first bytes, which keep them apart.
+
+    They are written to: pages that small things touch later would otherwise count as a cell's peak.
+    """
     blocks = [libc.malloc(_SMALL_HOLE_BYTES) for _ in range(_SMALL_BYTES // _SMALL_HOLE_BYTES)]
+    for block in blocks:
+        ctypes.memset(block, 1, _SMALL_HOLE_BYTES)
     for block in blocks:
         libc.realloc(block, _HELD_BYTES)
 
 
 def _heap() -> tuple[int, int]:
-    """Return the addresses where the main heap begins and ends."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith("[heap]"):
-            first, last = line.split()[0].split("-")
-            return int(first, 16), int(last, 16)
-    return 0, 0
+    """Return the addresses where the main heap begins and ends: a fork leaves it in several maps."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")]
+    ends = [int(end, 16) for line in lines for end in line.split()[0].split("-")]
+    return (min(ends), max(ends)) if ends else (0, 0)

@@ -6,6 +6,8 @@ a generation is largest; `certify` runs the whole generation instead.
 
 from __future__ import annotations
 
+import gc
+
 import msgspec
 
 from bench import budget, heap, runtimes
@@ -50,7 +52,7 @@ def _on_cpu(job: Job) -> Measure:
     budget.limit_data(job.limit_bytes)
 
     def probe(job: Job, session: Session) -> Finished:
-        heap.settle()
+        gc.collect()
         resets = budget.reset_peak()
         _reach_peak(job, session)
         reasons = {"reserved": NO_ALLOCATOR, "device_used": NO_DEVICE, "context": NO_DEVICE, "first_call": SEPARATE}
