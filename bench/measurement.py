@@ -92,7 +92,8 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `roof_s`: the least time of the whole call on the datasheet's peaks, null with the reason in `why` where they are
     unknown; `achieved`: roof over measured median (0-1); `ops_per_token`: how often one decode step calls each
-    operation, by name; `kernel_s`: seconds that kernels run in one, by the profiler (on CUDA, once a group).
+    operation, by name; `kernel_s`: seconds that kernels run in the first, by the profiler (on CUDA, once a
+    group, where a step is neither compiled nor captured).
     `launch_share` and `regime` are null in files: it takes the same cell in two runtimes to tell,
     so they are worked out when rows are read (`bench.regimes`).
     """

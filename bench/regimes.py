@@ -67,7 +67,7 @@ class Limits(msgspec.Struct, frozen=True):
     """What limits a cell. `regime`: launch, bandwidth, compute, cache, or None with the reason in `why`.
 
     `launch_share`: of the step, by its pair of rows; `idle_share`: of the step in which no kernel ran, by the profiler
-    (None where graphs launch themselves); `dispatch_share`: the least it can be on a CPU; `sheet` and
+    (None in runtimes that compile or capture it); `dispatch_share`: the least it can be on a CPU; `sheet` and
     `measured`: shares of the datasheet's peaks and of the machine's own ceilings.
     """
 
@@ -186,9 +186,7 @@ def _launching(row: Measurement, steps: Mapping[tuple[str, Cell], float]) -> flo
 def _idle(row: Measurement, step: float) -> float | None:
     """The share of a step in which no kernel ran, by the profiler."""
     assert row.bounds is not None
-    if row.bounds.kernel_s is None or row.cell.runtime == GRAPH:
-        return None
-    return launch_share(row.bounds.kernel_s, step)
+    return None if row.bounds.kernel_s is None else launch_share(row.bounds.kernel_s, step)
 
 
 def _dispatching(bounds: Bounds, step: float, machine: Known) -> float | None:

@@ -159,6 +159,7 @@ def test_a_window_beyond_the_model_s_positions_is_remarked_on(reference, story):
     [
         (Wanted(), "nothing to evaluate; give --ppl SRC"),
         (Wanted(prompts=("x",), task_data=Path("d")), "--task-data d: no task to read it for"),
+        (Wanted(tasks=("self-word",), task_data=Path("d")), "--task-data d: no task to read it for"),
         (Wanted(texts=("self@papr",)), "no protocol is called 'papr'"),
         (Wanted(prompts=("@x",)), "no prompts are called '@x'"),
         (Wanted(texts=("self",), limit=0), "--limit 0; give at least 1"),

@@ -237,7 +237,7 @@ def test_kernels_are_profiled_once_a_child(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_kernel_seconds_are_the_device_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a profile's rows, what the device took itself; a CPU launches nothing."""
+    """Of a profile's rows, what the device took itself."""
     import torch
 
     from bench.runtimes import kernels
@@ -248,7 +248,6 @@ def test_kernel_seconds_are_the_device_s_alone(monkeypatch: pytest.MonkeyPatch) 
 
     assert kernels.total([Average(1500.0), Average(0.0), Average(500.0)]) == pytest.approx(0.002)
     assert kernels.total([Average(0.0)]) is None
-    assert kernels.seconds(lambda: pytest.fail("run for nothing"), "cpu") is None
     waits: list[str] = []
     done: list[bool] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
@@ -285,15 +284,31 @@ def test_a_loop_profiles_its_first_step_after_a_prefill(monkeypatch: pytest.Monk
 
     def seconds(work: Any, device: str) -> float:
         lengths.append(work().shape[0])
-        assert device == "cpu"
+        assert device == "cuda:0"
         return 0.5
 
     monkeypatch.setattr(kernels, "seconds", seconds)
     session.prepare(3, 4, 2)
+    monkeypatch.setattr(session, "_step", lambda *_: pytest.fail("ran a prefill for nothing"))
+    assert session.kernel_seconds() is None, "a CPU launches nothing"
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "seconds", seconds)
+    monkeypatch.setattr(session, "_options", msgspec.structs.replace(session._options, device="cuda:0"))
     assert session.kernel_seconds() == 0.5
-    session.prepare(3, 4, 1)
+    monkeypatch.setattr(session, "_step_positions", ())
     assert session.kernel_seconds() is None, "a single token has no decode step"
     assert lengths == [3]
+
+
+@pytest.mark.parametrize("name", ["compile", "cudagraph"])
+def test_a_step_that_is_compiled_or_captured_has_other_kernels_than_could_be_traced(name: str) -> None:
+    from importlib import import_module
+
+    from bench.runtimes.loop import Loop
+
+    kinds = [one for one in vars(import_module(f"bench.runtimes.{name}")).values() if isinstance(one, type)]
+    (made,) = [one for one in kinds if issubclass(one, Loop) and one is not Loop]
+    assert made.kernel_seconds(made.__new__(made)) is None
 
 
 def test_a_subject_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:

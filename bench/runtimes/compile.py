@@ -103,6 +103,10 @@ class CompiledLoop(Loop):
         again = graphs - self._before[0] - self._made
         return Graphs(self._made, again, breaks - self._before[1], round(self._seconds, 3))
 
+    def kernel_seconds(self) -> float | None:
+        """The step that could be traced alone is the one before compiling, with other kernels."""
+        return None
+
     def operations(self) -> dict[str, int] | None:
         """A compiled step calls kernels of its own making, which no dispatcher sees."""
         return None

@@ -138,6 +138,10 @@ class CapturedLoop(Loop):
             return Graphs(0)
         return Graphs(1, seconds=round(self._seconds, 3), pool_bytes=self._captured.pool_bytes)
 
+    def kernel_seconds(self) -> float | None:
+        """The kernels of a graph follow each other by themselves: nothing waits to be launched."""
+        return None
+
     @loading.allocating
     @torch.inference_mode()
     def operations(self) -> dict[str, int] | None:

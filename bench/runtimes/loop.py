@@ -145,7 +145,7 @@ class Loop:
     def kernel_seconds(self) -> float | None:
         """Return the seconds that kernels of the first decode step run; None on a CPU and without a decode step."""
         assert self._caches is not None, "prepare a cell first"
-        if not self._step_positions:
+        if self._options.device == "cpu" or not self._step_positions:
             return None
         cache = self._caches.fresh()
         token = self._step(cache, self._ids, self._prompt_positions)

@@ -94,8 +94,8 @@ def _require_something(wanted: Wanted) -> None:
         raise InputError(
             "nothing to evaluate; give --ppl SRC (for example --ppl self), --tasks NAMES or --generate PROMPT"
         )
-    if wanted.task_data is not None and not wanted.tasks:
-        raise InputError(f"--task-data {wanted.task_data}: no task to read it for; give --tasks NAMES as well")
+    if wanted.task_data is not None and not set(wanted.tasks) - set(cloze.MAKERS):
+        raise InputError(f"--task-data {wanted.task_data}: no task to read it for; give --tasks NAMES that have files")
     if wanted.against is not None and not (wanted.texts or wanted.prompts):
         raise InputError("--against compares predictions and text; give --ppl SRC or --generate PROMPT as well")
     if wanted.limit is not None and wanted.limit < 1:
