@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from strategies import plan_of
 
-from shortllama import checkpoint, console, criteria, files, methods, plans, study, surgery
+from shortllama import checkpoint, console, criteria, files, methods, plans, study, study_checks, surgery
 from shortllama.errors import InputError
 from shortllama.evaluation.results import Accuracy, Perplexity, Quality, ZeroShot, read_evaluation
 from shortllama.plans import BlockKeep
@@ -61,7 +61,7 @@ def parse(text: str) -> Study:
 
 def checked(text: str) -> Study:
     found = parse(text)
-    study.check(found, DENSE, 64, "s.toml")
+    study_checks.check(found, DENSE, 64, "s.toml")
     return found
 
 
@@ -194,7 +194,7 @@ def test_the_shipped_study_has_at_most_40_runs():
     from shortllama import sources
 
     given, source = study.read(study.path_of("reference")), sources.locate("reference")
-    study.check(given, source.shape, 256, "reference")
+    study_checks.check(given, source.shape, 256, "reference")
     assert 16 < len(study.grid(given)) <= 40
     with pytest.raises(InputError, match=r"shipped: .*reference"):
         study.path_of("refrence")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shortllama import console, display, files, options, quantisation, sources
+from shortllama import console, display, files, options, quantisation, sources, study_checks
 from shortllama import study as studies
 from shortllama.errors import InputError
 from shortllama.studies import rows, summary, work
@@ -43,7 +43,7 @@ def study(
         raise InputError(
             f"{path}: $.model {given.model!r} is a shape without weights; give a folder, a hub id or 'reference'"
         )
-    studies.check(given, source.shape, work.positions(source), str(path))
+    study_checks.check(given, source.shape, work.positions(source), str(path))
     if dry_run:
         _list(studies.grid(given), work.positions(source), () if out is None else rows.read(out), as_json)
         return
